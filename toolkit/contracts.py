@@ -1,0 +1,160 @@
+"""What components promise each other: the protocols, the small values they pass, the axis legend.
+
+Axis letters, the same in every file of this repository:
+
+    B batch         T time (sequence)    D model width     L layers
+    H heads         N head size          V vocabulary      E extra image tokens
+    M answer positions (rows that carry a label, over the whole batch)
+    height, width   sides of an image feature grid; P = height * width patches
+
+Importing this module never imports torch: tensors appear in annotations only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor, nn
+
+IGNORE = -100
+"""Label of a position that carries no loss."""
+
+PAD_ID = 0
+"""Token id of padding (and of end of text) in the RWKV world vocabulary."""
+
+END_ID = 261
+"""Token id of two newlines, which end a turn, in the RWKV world vocabulary."""
+
+NO_IMAGE = -1
+"""`image_start` of a sample without an image."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation, as LLaVA data writes it (`<image>` may stand in `text`)."""
+
+    role: Literal["human", "gpt"]
+    text: str
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text that is tokenised on its own; `loss` says whether its tokens are learned."""
+
+    text: str
+    loss: bool = False
+
+
+@dataclass(frozen=True)
+class ImageSlot:
+    """The place of the image vectors in the sequence."""
+
+
+Segment = Text | ImageSlot
+
+
+@dataclass(frozen=True)
+class ImageFeatures:
+    """Image vectors on a grid.
+
+    patches: [B, height*width, D], row-major. extra: [B, E, D], e.g. the class token; extra
+    vectors follow the patches in the sequence and are never scanned. grid: (height, width).
+    """
+
+    patches: Tensor
+    extra: Tensor
+    grid: tuple[int, int]
+
+
+@dataclass
+class Batch:
+    """What one training or evaluation step reads. Padding is on the right.
+
+    ids, labels: [B, T] long; image positions hold PAD_ID and IGNORE. lengths: [B] long.
+    image_start: [B] long, NO_IMAGE for text-only samples. Either `pixels` (what the encoder's
+    transform made, stacked; any tensor or nested tuple of tensors) or `features` covers the
+    samples that have an image, in batch order. weight: [B] float, 0 for a slot that only fills.
+    keys: sample keys, for predictions and reports.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    lengths: Tensor
+    image_start: Tensor
+    weight: Tensor
+    keys: Sequence[str]
+    pixels: Any = None
+    features: ImageFeatures | None = None
+
+
+class Encoder(Protocol):
+    """Pixels to image features. Registered with `register.encoder`; wired: nothing."""
+
+    d_out: int
+    grid: tuple[int, int]
+    n_extra: int
+    learned: bool
+    """True if the encoder is trained from scratch (its stage must list `encoder`)."""
+
+    def transform(self) -> Callable[[Image], Any]:
+        """Maps a PIL image to what `forward` takes for one sample (deterministic)."""
+
+    def forward(self, pixels: Any) -> ImageFeatures: ...
+
+
+class Projector(Protocol):
+    """Image features to model width. Registered with `register.projector`; wired: d_in, d_out, grid."""
+
+    grid: tuple[int, int]
+
+    def forward(self, features: ImageFeatures) -> ImageFeatures: ...
+
+
+Scan = Callable[[int, int, int], Sequence[Sequence[int]]]
+"""(n_layer, height, width) -> per layer the row-major patch indices in reading order.
+
+Each row is a permutation of range(height * width). Plain integers: no torch needed.
+"""
+
+Prompt = Callable[[Sequence[Turn]], list[Segment]]
+"""Turns -> segments. A conversation ending in a human turn asks for an answer and ends in `Assistant:`."""
+
+
+class TimeMix(Protocol):
+    """Mixes over time. state is None (start from zero) or what an earlier call returned."""
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, stream: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """x [B,T,D] -> (y [B,T,D], state at each sample's own end, stream).
+
+        `stream` [B,T,D] is a per-token side value that travels through the layers beside x and is
+        reordered with it (RWKV-7's first-layer values); None where a recurrence needs none.
+        `lengths` [B] marks right padding; None means every sample has T tokens.
+        """
+
+
+class ChannelMix(Protocol):
+    """Mixes over channels; its state is the last token, for the token shift."""
+
+    def forward(
+        self, x: Tensor, state: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x [B,T,D] -> (y [B,T,D], state [B,D])."""
+
+
+class Recurrence(Protocol):
+    """A pair of mixers per layer. Registered with `register.recurrence`; wired: d_model, n_layer."""
+
+    def time_mix(self, layer: int) -> nn.Module: ...
+
+    def channel_mix(self, layer: int) -> nn.Module: ...
+
+
+DataSource = Mapping[str, Path]
+"""What a `register.data` factory returns (wired: cache): split name -> folder with manifest.json."""

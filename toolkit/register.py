@@ -1,0 +1,268 @@
+"""Registers components by name: tables per kind, decorators, a typed schema from each signature.
+
+A factory's positional parameters are *wired* by the model builder and fixed per kind; its
+keyword-only parameters are *the recipe's* and become a typed config schema:
+
+    @register.scan("2d")
+    def rows_and_columns(n_layer, height, width, *, columns: bool = True):
+        "Rows, reversed rows, columns, reversed columns, in turn by layer."
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+WIRED: dict[str, tuple[str, ...]] = {
+    "encoder": (),
+    "projector": ("d_in", "d_out", "grid"),
+    "scan": ("n_layer", "height", "width"),
+    "prompt": ("turns",),
+    "recurrence": ("d_model", "n_layer"),
+    "data": ("cache",),
+}
+"""Kind -> names of the positional parameters that the builder supplies."""
+
+KINDS = tuple(WIRED)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bounds of a number, both inclusive unless `open_low`: `Annotated[int, Range(1)]`."""
+
+    low: float | None = None
+    high: float | None = None
+    open_low: bool = False
+
+    def holds(self, value: float) -> bool:
+        if self.low is not None and (value <= self.low if self.open_low else value < self.low):
+            return False
+        return self.high is None or value <= self.high
+
+    def __str__(self) -> str:
+        if self.high is None:
+            return f"{'greater than' if self.open_low else 'at least'} {self.low:g}"
+        if self.low is None:
+            return f"at most {self.high:g}"
+        return f"{'above' if self.open_low else 'from'} {self.low:g} to {self.high:g}"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """The values a string may take: `Annotated[str, Choices("sample", "batch")]`; same as `Literal`."""
+
+    values: tuple[str, ...]
+
+    def __init__(self, *values: str) -> None:
+        object.__setattr__(self, "values", values)
+
+    def __str__(self) -> str:
+        return "one of " + ", ".join(self.values)
+
+
+@dataclass(frozen=True)
+class FilePath:
+    """A path that must exist (empty = not given): `Annotated[str, FilePath()]`."""
+
+    folder: bool = False
+
+    def __str__(self) -> str:
+        return "an existing folder" if self.folder else "an existing file"
+
+
+@dataclass(frozen=True)
+class Nested:
+    """A list of component nodes: `Annotated[list[dict[str, Any]], Nested("encoder")]`.
+
+    Each item is {name: ..., parameters ...}; `bind` hands the factory a list of bound factories.
+    """
+
+    kind: str
+
+    def __str__(self) -> str:
+        return f"a list of {self.kind} nodes, each with a name"
+
+
+Constraint = Range | Choices | FilePath | Nested
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One recipe parameter of a component or one field of the schema."""
+
+    name: str
+    type: Any
+    default: Any
+    constraints: tuple[Constraint, ...] = ()
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+
+@dataclass(frozen=True)
+class Component:
+    """A registered factory and what the listing, the schema and errors need to know of it."""
+
+    kind: str
+    name: str
+    factory: Callable[..., Any]
+    parameters: Mapping[str, Parameter]
+    summary: str
+    file: str
+    line: int
+
+
+_TABLE: dict[str, dict[str, Component]] = {kind: {} for kind in KINDS}
+
+
+def components(kind: str) -> Mapping[str, Component]:
+    """The registered components of a kind, by name."""
+    return _TABLE[kind]
+
+
+def split_annotation(hint: Any) -> tuple[Any, tuple[Constraint, ...]]:
+    """A type hint -> (type that OmegaConf can hold, constraints).
+
+    `Literal["a", "b"]` becomes (str, Choices("a", "b")); `Annotated` is unwrapped.
+    """
+    constraints: tuple[Constraint, ...] = ()
+    if typing.get_origin(hint) is typing.Annotated:
+        hint, *extras = typing.get_args(hint)
+        constraints = tuple(e for e in extras if isinstance(e, Constraint))
+    if typing.get_origin(hint) is typing.Literal:
+        constraints += (Choices(*typing.get_args(hint)),)
+        hint = str
+    return hint, constraints
+
+
+def _holdable(hint: Any) -> bool:
+    """Whether OmegaConf 2.3 can hold a value of this type in a structured config."""
+    if hint in (int, float, bool, str, Path, Any, type(None)):
+        return True
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (list, dict, Union, UnionType):
+        return bool(args) and all(_holdable(a) for a in args)
+    return False
+
+
+def _recipe_parameters(kind: str, name: str, factory: Callable[..., Any]) -> dict[str, Parameter]:
+    """The keyword-only parameters of a factory; raises TypeError where the contract is broken."""
+    signature = inspect.signature(factory)
+    wired = tuple(
+        p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    )
+    where = f"{kind} {name!r} ({_place(factory)})"
+    if wired != WIRED[kind]:
+        raise TypeError(
+            f"{where}: positional parameters are {wired}, a {kind} takes {WIRED[kind]}; "
+            "everything a recipe may set goes after a `*`"
+        )
+    own = [p for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if len(own) + len(wired) != len(signature.parameters):
+        raise TypeError(f"{where}: *args and **kwargs are not allowed; name each parameter after a `*`")
+    missing = [p.name for p in own if p.annotation is p.empty]
+    if missing:
+        raise TypeError(f"{where}: parameter {missing[0]!r} needs a type annotation")
+    # Only the recipe's annotations are resolved: the others may name types imported for checking only.
+    holder = type("Recipe", (), {"__annotations__": {p.name: p.annotation for p in own}})
+    hints = typing.get_type_hints(holder, globalns=factory.__globals__, include_extras=True)
+    parameters = {}
+    for p in own:
+        held, constraints = split_annotation(hints[p.name])
+        if not _holdable(held):
+            raise TypeError(f"{where}: {p.name!r} has type {p.annotation}, which a recipe cannot hold")
+        default = dataclasses.MISSING if p.default is p.empty else p.default
+        parameters[p.name] = Parameter(p.name, held, default, constraints)
+    return parameters
+
+
+def _place(factory: Callable[..., Any]) -> str:
+    code = inspect.unwrap(factory).__code__
+    return f"{code.co_filename}:{code.co_firstlineno}"
+
+
+def _first_sentence(factory: Callable[..., Any]) -> str:
+    text = " ".join((inspect.getdoc(factory) or "").split("\n\n")[0].split())
+    return text.split(". ")[0].rstrip(".") + "." if text else ""
+
+
+def _add(kind: str, name: str, factory: F) -> F:
+    where = _place(factory)
+    summary = _first_sentence(factory)
+    if not summary:
+        raise TypeError(f"{kind} {name!r} ({where}): the first docstring sentence is required, it is the listing's text")
+    parameters = _recipe_parameters(kind, name, factory)
+    taken = _TABLE[kind].get(name)
+    file, line = where.rsplit(":", 1)
+    # The same file loaded again (a reload, a plug-in imported under two names) replaces itself.
+    if taken is not None and taken.file != file:
+        raise KeyError(f"{kind} {name!r} is registered twice: {taken.file}:{taken.line} and {where}; rename one")
+    _TABLE[kind][name] = Component(kind, name, factory, parameters, summary, file, int(line))
+    _store(kind, name, parameters)
+    return factory
+
+
+def _store(kind: str, name: str, parameters: Mapping[str, Parameter]) -> None:
+    """Puts the schema into Hydra's ConfigStore, so that the group *is* the registry."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(group=kind, name=name, node=schema_of(kind, name, parameters), package=kind)
+
+
+def schema_of(kind: str, name: str, parameters: Mapping[str, Parameter]) -> type:
+    """A dataclass with one typed field per recipe parameter, and `name`."""
+    fields: list[Any] = [("name", str, dataclasses.field(default=name))]
+    for p in parameters.values():
+        if p.required:
+            fields.append((p.name, p.type, dataclasses.field(default="???")))
+        elif isinstance(p.default, (list, dict, tuple)):
+            value = list(p.default) if isinstance(p.default, tuple) else p.default
+            fields.append((p.name, p.type, dataclasses.field(default_factory=partial(_copy, value))))
+        else:
+            fields.append((p.name, p.type, dataclasses.field(default=p.default)))
+    return dataclasses.make_dataclass(f"{kind}_{name}", fields)
+
+
+def _copy(value: Any) -> Any:
+    return type(value)(value)
+
+
+def _decorator(kind: str) -> Callable[[str], Callable[[F], F]]:
+    def named(name: str) -> Callable[[F], F]:
+        return partial(_add, kind, name)
+
+    named.__doc__ = f"Registers a {kind} factory under `name`; wired parameters: {WIRED[kind] or 'none'}."
+    return named
+
+
+encoder = _decorator("encoder")
+projector = _decorator("projector")
+scan = _decorator("scan")
+prompt = _decorator("prompt")
+recurrence = _decorator("recurrence")
+data = _decorator("data")
+
+
+def bind(kind: str, node: Mapping[str, Any]) -> Callable[..., Any]:
+    """The factory that a config node names, with the recipe's parameters filled in.
+
+    node: a resolved mapping `{name: ..., parameter: value, ...}`. The caller supplies the wired part.
+    No config object enters a component: values arrive as plain Python.
+    """
+    values = dict(node)
+    found = _TABLE[kind][values.pop("name")]
+    for p in found.parameters.values():
+        nested = next((c for c in p.constraints if isinstance(c, Nested)), None)
+        if nested is not None and p.name in values:
+            values[p.name] = [bind(nested.kind, item) for item in values[p.name]]
+    return partial(found.factory, **values)

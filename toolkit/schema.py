@@ -1,0 +1,132 @@
+"""The typed schema of everything in a recipe that is not a component."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from toolkit.register import Choices, Range
+
+Positive = Annotated[int, Range(1)]
+Count = Annotated[int, Range(0)]
+
+
+@dataclass
+class ModelConf:
+    """Sizes of the language model."""
+
+    d_model: Positive = 64  # width D
+    n_layer: Positive = 2  # layers L
+    ctx_len: Positive = 256  # longest sequence in tokens, image vectors included; longer samples are refused
+    vocab: Annotated[str, Choices("dataset", "world")] = "dataset"  # ids of the data set only, or all 65,536
+
+
+@dataclass
+class LossConf:
+    """Loss of one step."""
+
+    reduction: Annotated[str, Choices("sample", "batch")] = "sample"  # mean per sample, or per answer token
+    l2: Annotated[str, Choices("none", "answers", "all")] = "answers"  # where the L2 term on the largest logit acts
+
+
+@dataclass
+class StageConf:
+    """One training stage: what learns, for how long, how fast."""
+
+    train: list[str] = field(default_factory=lambda: ["proj", "rwkv"])  # parameter-name prefixes that learn
+    freeze: list[str] = field(default_factory=list)  # prefixes taken out of `train` again, e.g. rwkv.emb
+    split: str = "train"  # split of the data source
+    prompt: str = ""  # registered prompt for this stage; empty: the recipe's
+    steps: Count = 1000  # optimizer steps; 0 with epochs set
+    epochs: Annotated[float, Range(0)] = 0.0  # passes over the split, if steps is 0
+    global_batch: Positive = 64  # samples per optimizer step, over all devices
+    lr: Annotated[float, Range(0, open_low=True)] = 1e-3
+    lr_final: Annotated[float, Range(0)] = 0.0
+    warmup: Count = 0  # steps of linear warm-up
+    weight_decay: Annotated[float, Range(0)] = 0.0  # on matrices only
+    beta1: Annotated[float, Range(0, 1)] = 0.9
+    beta2: Annotated[float, Range(0, 1)] = 0.99
+    eps: Annotated[float, Range(0, open_low=True)] = 1e-8
+    grad_clip: Annotated[float, Range(0)] = 1.0  # largest gradient norm; 0: no clipping
+
+
+@dataclass
+class FeatureConf:
+    """Whether a frozen encoder's features are computed once per picture and kept."""
+
+    cache: Annotated[str, Choices("auto", "memory", "disk", "off")] = "auto"
+    limit_mb: Positive = 4096  # auto keeps features in memory up to this size, else computes them each time
+
+
+@dataclass
+class EvalConf:
+    """Evaluation by greedy generation and exact match."""
+
+    split: str = "test"
+    batch: Positive = 256
+    max_new_tokens: Positive = 8
+    limit: Count = 0  # examples to score, 0: all
+
+
+@dataclass
+class HardwareConf:
+    """Where and how fast; no part of a run's identity."""
+
+    device: Annotated[str, Choices("auto", "cpu", "cuda")] = "auto"
+    precision: Annotated[str, Choices("fp32", "bf16")] = "fp32"
+    backend: str = "auto"  # kernel backend: auto, torch, reference
+    devices: Positive = 1
+    nodes: Positive = 1
+    micro_batch: Count = 0  # samples per device and forward pass, 0: the whole share of global_batch
+    workers: Count = 0  # data loader processes
+    threads: Count = 0  # CPU threads of torch, 0: all cores
+
+
+@dataclass
+class LogConf:
+    """What a run writes while it goes."""
+
+    csv: bool = True
+    tensorboard: bool = True
+    every: Positive = 50  # steps between two rows
+
+
+@dataclass
+class PathsConf:
+    """Where things lie; no part of a run's identity."""
+
+    runs: str = "runs"
+    cache: str = ""  # converted data and features; empty: TOOLKIT_CACHE, else ~/.cache/visualrwkv-toolkit
+
+
+@dataclass
+class ReportConf:
+    """Plan of a table: which key its rows vary, and the paper's values beside ours."""
+
+    rows: str = ""
+    caption: str = ""
+    published: dict[str, Any] = field(default_factory=dict)  # row -> {benchmark: value}
+
+
+@dataclass
+class RunConf:
+    """One run. Component kinds are groups: choose with `scan=2d`, tune with `scan.columns=false`."""
+
+    title: str = ""
+    seed: Count = 0
+    model: ModelConf = field(default_factory=ModelConf)
+    loss: LossConf = field(default_factory=LossConf)
+    stages: dict[str, StageConf] = field(default_factory=dict)
+    features: FeatureConf = field(default_factory=FeatureConf)
+    eval: EvalConf = field(default_factory=EvalConf)
+    hardware: HardwareConf = field(default_factory=HardwareConf)
+    log: LogConf = field(default_factory=LogConf)
+    paths: PathsConf = field(default_factory=PathsConf)
+    report: ReportConf = field(default_factory=ReportConf)
+    plugins: list[str] = field(default_factory=list)
+    encoder: Any = None
+    projector: Any = None
+    scan: Any = None
+    prompt: Any = None
+    recurrence: Any = None
+    data: Any = None
