@@ -1,0 +1,54 @@
+"""RWKV-4 (Peng et al. 2023, arXiv 2305.13048); parameter names of the released checkpoints."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from components.recurrences.shared import ChannelMix, Ramps, last_token, linear, token_shift
+from kernels import wkv4
+
+
+class TimeMix(nn.Module):
+    """Decaying weighted average per channel; state: (previous token [B, D], wkv [B, 3, D])."""
+
+    def __init__(self, ramps: Ramps) -> None:
+        super().__init__()
+        d = ramps.d_model
+        share = ramps.channel(ramps.down)
+        self.time_decay = nn.Parameter(-5 + 8 * ramps.edge() ** (0.7 + 1.3 * ramps.up))
+        self.time_first = nn.Parameter(torch.full((d,), 0.3).log() + 0.5 * ramps.zigzag())
+        self.time_mix_k = nn.Parameter(share.clone())
+        self.time_mix_v = nn.Parameter(share + 0.3 * ramps.up)
+        self.time_mix_r = nn.Parameter(ramps.channel(0.5 * ramps.down))
+        self.key = linear(d, d, scale=0)
+        self.value = linear(d, d, scale=1)
+        self.receptance = linear(d, d, scale=0)
+        self.output = linear(d, d, scale=0)
+
+    def forward(
+        self, x: Tensor, state: tuple[Tensor, ...] | None, stream: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """x [B, T, D] -> (y [B, T, D], state, stream unchanged)."""
+        before, memory = state or (None, None)
+        previous = token_shift(x, before)
+        k = self.key(torch.lerp(previous, x, self.time_mix_k))
+        v = self.value(torch.lerp(previous, x, self.time_mix_v))
+        r = torch.sigmoid(self.receptance(torch.lerp(previous, x, self.time_mix_r)))
+        # The decay is formed in fp32 (or fp64) whatever the activations are: exp of a bf16 value drifts.
+        log_w = -torch.exp(self.time_decay)  # [D]
+        y, memory = wkv4(k, v, log_w, self.time_first, memory, lengths=lengths)
+        return self.output(r * y), (last_token(x, lengths), memory), stream
+
+
+class Rwkv4:
+    """The pair of mixers of RWKV-4."""
+
+    def __init__(self, d_model: int, n_layer: int, *, d_ffn: int) -> None:
+        self.d_model, self.n_layer, self.d_ffn = d_model, n_layer, d_ffn or 4 * d_model
+
+    def time_mix(self, layer: int) -> nn.Module:
+        return TimeMix(Ramps(self.d_model, self.n_layer, layer))
+
+    def channel_mix(self, layer: int) -> nn.Module:
+        return ChannelMix(Ramps(self.d_model, self.n_layer, layer), self.d_ffn, mix="time_mix")
