@@ -1,0 +1,207 @@
+"""Compares the toolkit with golden files taken from the original VisualRWKV code.
+
+    python -m tests.parity FILE... [--backend torch|reference]
+
+Prints one line per file, scan and backend with the largest relative error (Frobenius norm) of logits,
+loss and gradients over the file's inputs, and exits 1 above the bounds. Sizes, recurrence version,
+projector and pooling are read from the file (format: tests/golden/README.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+import kernels
+from toolkit import register
+from toolkit.contracts import IGNORE, PAD_ID, Batch, ImageFeatures
+from toolkit.loss import lm_loss
+from toolkit.model import VisualRWKV
+from toolkit.trunk import LanguageModel
+
+BOUNDS = {"logits": 1e-4, "loss": 1e-4, "gradients": 1e-3}
+SCANS = {"unidirection": "uni", "bidirection": "bi", "multidirection": "2d"}
+"""The original's scan names where ours differ."""
+STATIC = ("spiral", "snake", "zigzag")
+"""Scans that the original applies once before block 0 and never undoes."""
+IMAGE = -200
+
+
+class StoredFeatures(nn.Module):
+    """Stands for the vision tower: the golden files carry its output."""
+
+    learned = False
+
+    def __init__(self, patches: int, d_out: int) -> None:
+        super().__init__()
+        side = round(patches**0.5)
+        self.grid, self.d_out, self.n_extra = (side, side), d_out, 1
+
+    def transform(self) -> Any:
+        raise ValueError("golden files carry features, not pictures")
+
+    def forward(self, pixels: Tensor) -> ImageFeatures:
+        """pixels: [B, 1 + P, D] as the tower leaves them, class token first."""
+        return ImageFeatures(pixels[:, 1:], pixels[:, :1], self.grid)
+
+
+@dataclass
+class Golden:
+    """One golden file."""
+
+    path: Path
+    args: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def open(cls, path: Path) -> Golden:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if "args" not in metadata:
+                raise ValueError(f"{path}: no hyper-parameters under metadata key 'args'; not a golden file")
+            return cls(path, json.loads(metadata["args"]), {k: file.get_tensor(k) for k in file.keys()})
+
+    def under(self, prefix: str) -> dict[str, Tensor]:
+        return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        return {k: v for k, v in self.under("param/").items() if k.startswith(("rwkv.", "proj."))}
+
+    @property
+    def version(self) -> int:
+        return 6 if "rwkv.blocks.0.att.time_maa_x" in self.parameters else 5
+
+    @property
+    def inputs(self) -> list[int]:
+        return sorted({int(k.split("/")[0][2:]) for k in self.tensors if k.startswith("in")})
+
+    @property
+    def scans(self) -> list[str]:
+        return sorted({k.split("/")[1] for k in self.tensors if k.startswith("out0/")})
+
+
+def build(golden: Golden, scan: str) -> VisualRWKV:
+    """The model of a golden file, its weights loaded strictly by name."""
+    register.discover()
+    args, weights = golden.args, golden.parameters
+    options: dict[str, Any] = {"name": f"rwkv{golden.version}", "head_size": args["head_size_a"]}
+    if golden.version == 6:
+        options["shift_rank"] = weights["rwkv.blocks.0.att.time_maa_w2"].shape[1]
+        options["decay_rank"] = weights["rwkv.blocks.0.att.time_decay_w2"].shape[0]
+    options["d_ffn"] = weights["rwkv.blocks.0.ffn.key.weight"].shape[0]
+    recurrence = register.bind("recurrence", options)(args["n_embd"], args["n_layer"])
+    features = golden.tensors["in0/vision_features"]
+    encoder = StoredFeatures(features.shape[1] - 1, features.shape[2])
+    grid = args["grid_size"]
+    projector = {"name": "linear" if "proj.weight" in weights else "gated", "tokens": grid**2 if grid > 0 else grid}
+    proj = register.bind("projector", projector)(encoder.d_out, args["n_embd"], encoder.grid)
+    vocab = weights["rwkv.emb.weight"].shape[0]
+    rwkv = LanguageModel(recurrence, d_model=args["n_embd"], n_layer=args["n_layer"], vocab_size=vocab)
+    table = register.bind("scan", {"name": SCANS.get(scan, scan)})(args["n_layer"], *proj.grid)
+    model = VisualRWKV(encoder, proj, rwkv, table=table)
+    model.load_state_dict(weights, strict=True)
+    return model
+
+
+def batch_of(golden: Golden, i: int, n_image: int) -> Batch:
+    """Input i with the one placeholder -200 widened to n_image positions."""
+
+    def widen(row: Tensor, at: int, fill: int) -> Tensor:
+        return torch.cat((row[:at], row.new_full((n_image,), fill), row[at + 1 :]))
+
+    ids, labels = golden.tensors[f"in{i}/input_ids"], golden.tensors[f"in{i}/labels"]
+    starts = [int((row == IMAGE).nonzero()[0]) for row in ids]
+    ids = torch.stack([widen(r, s, PAD_ID) for r, s in zip(ids, starts, strict=True)])
+    labels = torch.stack([widen(r, s, IGNORE) for r, s in zip(labels, starts, strict=True)])
+    b, t = ids.shape
+    return Batch(
+        ids,
+        labels,
+        torch.full((b,), t),
+        torch.tensor(starts),
+        torch.ones(b),
+        [str(n) for n in range(b)],
+        pixels=golden.tensors[f"in{i}/vision_features"],
+    )
+
+
+def as_original(logits: Tensor, batch: Batch, model: VisualRWKV, scan: str) -> Tensor:
+    """Our logits with the image positions where the original leaves them."""
+    if scan not in STATIC:
+        return logits
+    order = torch.as_tensor(register.bind("scan", {"name": scan})(1, *model.proj.grid)[0])
+    moved = logits.clone()
+    for row, start in enumerate(batch.image_start.tolist()):
+        moved[row, start : start + len(order)] = logits[row, start + order]
+    return moved
+
+
+def relative(ours: Tensor, theirs: Tensor) -> float:
+    """Frobenius error over Frobenius norm, in fp64; NaN counts as infinite."""
+    theirs = theirs.double()
+    error = float((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-30))
+    return error if error == error else float("inf")
+
+
+def errors(golden: Golden, scan: str, backend: str) -> dict[str, float]:
+    """Largest relative errors of one scan over all inputs of the file."""
+    worst = dict.fromkeys(BOUNDS, 0.0)
+
+    def note(what: str, value: float) -> None:
+        worst[what] = max(worst[what], value)
+
+    model = build(golden, scan)
+    reduction = "sample" if golden.version == 6 else "batch"
+    with kernels.use(backend):
+        for i in golden.inputs:
+            expected = golden.under(f"out{i}/{scan}/")
+            batch = batch_of(golden, i, model.n_image)
+            assert torch.equal(batch.labels, expected["targets"]), f"{golden.path}: targets of input {i} differ"
+            with torch.no_grad():
+                note("logits", relative(as_original(model.logits(batch), batch, model, scan), expected["logits"]))
+            model.zero_grad()
+            loss = lm_loss(model(batch, l2="all"), reduction=reduction)
+            loss.backward()
+            note("loss", relative(loss.detach(), expected["loss"].squeeze()))
+            for key, gradient in golden.under(f"grad{i}/{scan}/").items():
+                if not key.startswith("vit."):
+                    note("gradients", relative(model.get_parameter(key).grad, gradient))
+    return worst
+
+
+def report(paths: list[Path], backends: list[str]) -> Iterator[tuple[str, bool]]:
+    """One line per file, scan and backend, and whether it is within the bounds."""
+    for path in paths:
+        golden = Golden.open(path)
+        for scan in golden.scans:
+            for backend in backends:
+                found = errors(golden, scan, backend)
+                good = all(found[k] <= BOUNDS[k] for k in BOUNDS)
+                numbers = "  ".join(f"{k} {v:.1e}" for k, v in found.items())
+                yield f"{'ok  ' if good else 'FAIL'} {path.name}  {scan:15} {backend:10} {numbers}", good
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__.split("\n\n")[0])
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--backend", action="append", choices=["torch", "reference"], help="default: both")
+    options = parser.parse_args(argv)
+    good = True
+    for line, ok in report(options.files, options.backend or ["torch", "reference"]):
+        print(line)
+        good &= ok
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

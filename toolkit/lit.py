@@ -1,0 +1,108 @@
+"""The Lightning side of one training stage: step, optimizer, schedule. The model knows nothing of it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from toolkit.contracts import Batch, ImageFeatures
+from toolkit.loss import lm_loss
+from toolkit.model import VisualRWKV
+from toolkit.schema import LossConf, StageConf
+
+
+class StageModule(L.LightningModule):
+    """One stage: AdamW on what learns, warm-up and cosine per optimizer step.
+
+    first_step: optimizer steps of earlier stages, so that the log counts through.
+    """
+
+    def __init__(
+        self, model: VisualRWKV, *, stage: StageConf, loss: LossConf, steps: int, first_step: int
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.stage = stage
+        self.loss = loss
+        self.steps = steps
+        self.first_step = first_step
+
+    def training_step(self, batch: Batch, index: int) -> Tensor:
+        answers = self.model(batch, l2=self.loss.l2)
+        loss = lm_loss(answers, reduction=self.loss.reduction)
+        done = self.first_step + self.global_step
+        self.log_dict({"loss": loss.detach(), "lr": self._rate(), "step": float(done)}, prog_bar=False)
+        return loss
+
+    def _rate(self) -> float:
+        optimizer: Any = self.optimizers()
+        return float(optimizer.param_groups[0]["lr"])
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return to_device(batch, device)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            parameter_groups(self.model, self.stage.weight_decay),
+            lr=self.stage.lr,
+            betas=(self.stage.beta1, self.stage.beta2),
+            eps=self.stage.eps,
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(self.stage, self.steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Learning parameters in two groups: decay on tensors with two or more non-singleton axes.
+
+    Paper: in the original's trainer a group with decay > 0 keeps its first learning rate for ever
+    (the scheduler writes either the rate or the decay); here every group follows the schedule.
+    """
+    learning = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in learning if p.squeeze().dim() >= 2]
+    vectors = [p for p in learning if p.squeeze().dim() < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [g for g in groups if g["params"]]
+
+
+def rate_factor(stage: StageConf, steps: int) -> Callable[[int], float]:
+    """Factor on `lr` at each optimizer step: linear warm-up, then cosine from lr to lr_final."""
+    low = stage.lr_final / stage.lr
+
+    def factor(step: int) -> float:
+        if step < stage.warmup:
+            return (step + 1) / (stage.warmup + 1)
+        progress = min(1.0, (step - stage.warmup) / max(1, steps - stage.warmup))
+        return low + (1 - low) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return factor
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on `device`."""
+
+    def move(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.to(device, non_blocking=True)
+        if isinstance(value, (tuple, list)):
+            return type(value)(move(v) for v in value)
+        return value
+
+    features = batch.features
+    if features is not None:
+        features = ImageFeatures(move(features.patches), move(features.extra), features.grid)
+    return Batch(
+        ids=move(batch.ids),
+        labels=move(batch.labels),
+        lengths=move(batch.lengths),
+        image_start=move(batch.image_start),
+        weight=move(batch.weight),
+        keys=batch.keys,
+        pixels=move(batch.pixels),
+        features=features,
+    )

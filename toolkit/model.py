@@ -1,0 +1,98 @@
+"""VisualRWKV: frozen vision encoder -> projector -> image vectors spliced into an RWKV language model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from toolkit.contracts import IGNORE, NO_IMAGE, Batch, Encoder, ImageFeatures, Projector
+from toolkit.loss import Answers
+from toolkit.trunk import LanguageModel, ScanSteps, State
+
+
+class VisualRWKV(nn.Module):
+    """The model. Sub-modules are named as the released checkpoints name theirs: `proj.*`, `rwkv.*`.
+
+    A sample's logits depend on that sample alone. Paper: the original left-pads the text before the
+    image to one length per batch with token 0, which its recurrence reads, and gives text-only
+    samples zero vectors for an image; here padding is on the right and text-only samples have no image.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        projector: Projector,
+        rwkv: LanguageModel,
+        *,
+        table: Sequence[Sequence[int]],
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.proj = projector
+        self.rwkv = rwkv
+        self.scan = ScanSteps(table)
+
+    @property
+    def n_image(self) -> int:
+        """Positions that an image takes in the sequence: patches, then extra vectors."""
+        height, width = self.proj.grid
+        return height * width + self.encoder.n_extra
+
+    def encode(self, pixels: Any) -> ImageFeatures:
+        """What the encoder's transform made, stacked -> features; no graph while the encoder is frozen."""
+        learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
+        with torch.set_grad_enabled(learns):
+            return self.encoder.forward(pixels)
+
+    def train(self, mode: bool = True) -> VisualRWKV:
+        """As nn.Module's, but a frozen encoder stays in eval mode (dropout off, batch norm fixed)."""
+        super().train(mode)
+        self.encoder.train(mode and any(p.requires_grad for p in self.encoder.parameters()))
+        return self
+
+    def embed(self, batch: Batch) -> Tensor:
+        """Token embeddings with the image vectors written over their placeholders, [B, T, D]."""
+        x = self.rwkv.emb(batch.ids)
+        features = batch.features
+        if features is None:
+            if batch.pixels is None:
+                return x
+            features = self.encode(batch.pixels)
+        projected = self.proj(features)
+        vectors = torch.cat((projected.patches, projected.extra), dim=1)  # [n_images, n_image, D]
+        rows = (batch.image_start != NO_IMAGE).nonzero().flatten()  # [n_images]
+        first = rows * x.shape[1] + batch.image_start[rows]
+        places = first.unsqueeze(1) + torch.arange(vectors.shape[1], device=x.device)  # [n_images, n_image]
+        flat = x.flatten(0, 1).index_copy(0, places.flatten(), vectors.flatten(0, 1).to(x.dtype))
+        return flat.view(x.shape)
+
+    def hidden(self, batch: Batch) -> tuple[Tensor, State]:
+        """Normalised hidden states [B, T, D] and the state at each sample's own end."""
+        return self.rwkv(
+            self.embed(batch), scan=self.scan, image_start=batch.image_start, lengths=batch.lengths
+        )
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits at every position, [B, T, V]: for tests and analysis; training uses `forward`."""
+        return self.rwkv.head(self.hidden(batch)[0])
+
+    def forward(self, batch: Batch, *, l2: str = "none") -> Answers:
+        """Logits where a label follows (position t predicts label t + 1), for `loss.lm_loss`.
+
+        l2: where the L2 term acts: "none", "answers" (the rows computed anyway), or "all" positions
+        as in the original, for which the head runs on every position.
+        """
+        x, _ = self.hidden(batch)
+        asked = (batch.labels[:, 1:] != IGNORE) & (batch.weight > 0).unsqueeze(1)  # [B, T-1]
+        sample = asked.nonzero()[:, 0]  # [M]
+        targets = batch.labels[:, 1:][asked]  # [M]
+        if l2 == "all":
+            everywhere = self.rwkv.head(x)  # [B, T, V]
+            logits, penalty = everywhere[:, :-1][asked], everywhere.flatten(0, 1)
+        else:
+            logits = self.rwkv.head(x[:, :-1][asked])  # [M, V]
+            penalty = logits if l2 == "answers" else None
+        return Answers(logits, targets, sample, batch.weight, batch.ids.numel(), penalty)
