@@ -3,7 +3,7 @@
 Encoding is the package `pyrwkv-tokenizer`: its ids equal those of the original's trie on every text
 tried (random Unicode, control characters, 3 MB in one piece). Decoding is done here, over the
 vocabulary file that the package ships: the package's decode panics on ids without an entry and on
-bytes that are no whole UTF-8, which generated ids may be, and its `get_vocab` lacks 485 tokens.
+bytes that are no whole UTF-8, which generated ids may be, and its `get_vocab` lacks hundreds of tokens.
 
 Source: `rwkv_vocab_v20230424`, ids 1..65529 ascending; byte b has id b+1; longest match first.
 """
@@ -129,7 +129,8 @@ class CompactTokenizer:
             raise ValueError(f"{path}: {error!r} in a saved vocabulary; delete the file") from error
         loaded = cls(ids)
         # `cls` sorts and adds what every vocabulary holds, so this also finds a shuffled or cut list.
-        if name != VOCABULARY or list(loaded.world_ids) != ids or ids[0] < 0 or ids[-1] >= WorldTokenizer.size:
+        same = name == VOCABULARY and list(loaded.world_ids) == ids
+        if not same or ids[0] < 0 or ids[-1] >= WorldTokenizer.size:
             raise ValueError(f"{path}: no ascending ids of {VOCABULARY} in it; delete the file")
         return loaded
 
