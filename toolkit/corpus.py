@@ -1,0 +1,127 @@
+"""The data of a run: shards of each split, the tokenizer, a frozen encoder's features."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data.features import FeatureTable, build_features, estimate_bytes
+from data.reader import ShardReader
+from data.tokens import CompactTokenizer, Tokenizer, WorldTokenizer
+from toolkit import register
+from toolkit.contracts import Prompt, Text
+from toolkit.explain import nearest
+from toolkit.model import VisualRWKV
+from toolkit.schema import RunConf
+
+log = logging.getLogger("toolkit.data")
+
+
+def cache_folder(conf: RunConf) -> Path:
+    """Where converted data and features are kept."""
+    chosen = conf.paths.cache or os.environ.get("TOOLKIT_CACHE") or "~/.cache/visualrwkv-toolkit"
+    return Path(chosen).expanduser()
+
+
+class Corpus:
+    """Readers, prompts and tokenizer of every split that the run uses."""
+
+    def __init__(self, conf: RunConf) -> None:
+        self.conf = conf
+        self.cache = cache_folder(conf)
+        folders = register.bind("data", conf.data)(self.cache)
+        self.readers = {split: ShardReader(open_split(folders, split, key)) for key, split in wanted(conf)}
+        self.prompts = {name: prompt_of(conf, stage.prompt) for name, stage in conf.stages.items()}
+        self.prompt = prompt_of(conf, "")
+        self.tokenizer = self._tokenizer()
+
+    def _tokenizer(self) -> Tokenizer:
+        """The whole world vocabulary, or the ids that occur in the run's splits, renumbered."""
+        if self.conf.model.vocab == "world":
+            return WorldTokenizer()
+        return CompactTokenizer.collect(self._texts(), WorldTokenizer())
+
+    def _texts(self) -> Iterable[str]:
+        used = [(s.split, self.prompts[name]) for name, s in self.conf.stages.items()]
+        for split, prompt in {**dict(used), self.conf.eval.split: self.prompt}.items():
+            for example in self.readers[split].all_examples():
+                yield from (s.text for s in prompt(example.turns) if isinstance(s, Text))
+
+    def features(self, model: VisualRWKV, device: torch.device, tick: Any = None) -> dict[str, FeatureTable]:
+        """Features of every picture of every split, once; empty if they are to be computed each time."""
+        where = self._where(model)
+        if where == "off":
+            return {}
+        model.eval()
+        encode, transform = model.encoder.forward, model.encoder.transform()
+        identity = encoder_id(model, self.conf.encoder)
+
+        def run(pixels: Any) -> Any:
+            with torch.inference_mode():
+                return encode(pixels.to(device) if isinstance(pixels, torch.Tensor) else pixels)
+
+        return {
+            split: build_features(
+                reader, run, transform, where=where, folder=self.cache / "features", encoder_id=identity
+            )
+            for split, reader in self.readers.items()
+        }
+
+    def _where(self, model: VisualRWKV) -> Any:
+        """"memory", "disk" or "off", as `features.cache` says; "auto" keeps what fits the limit on disk."""
+        wanted = self.conf.features.cache
+        learns = any(p.requires_grad for p in model.encoder.parameters())
+        if wanted in ("memory", "disk") and learns:
+            raise ValueError(
+                f"features.cache={wanted} keeps features of a frozen encoder, but "
+                f"encoder={self.conf.encoder['name']} learns in this run; write features.cache=off"
+            )
+        if wanted != "auto":
+            return wanted
+        if learns:
+            return "off"
+        size = sum(estimate_bytes(r, model.encoder) for r in self.readers.values())
+        if size > self.conf.features.limit_mb << 20:
+            log.info(
+                "features are computed in each step: all of them would take %d MiB, more than "
+                "features.limit_mb=%d",
+                size >> 20,
+                self.conf.features.limit_mb,
+            )
+            return "off"
+        return "disk"
+
+
+def wanted(conf: RunConf) -> list[tuple[str, str]]:
+    """(config key, split) of every split that training and evaluation read."""
+    return [*((f"stages.{n}.split", s.split) for n, s in conf.stages.items()), ("eval.split", conf.eval.split)]
+
+
+def open_split(folders: Mapping[str, Path], split: str, key: str) -> Path:
+    """The folder of a split; ValueError with the near names if the source has none of that name."""
+    if split not in folders:
+        raise ValueError(
+            f"{key}={split}: this data source has the splits {', '.join(folders)}{nearest(split, list(folders))}"
+        )
+    return folders[split]
+
+
+def prompt_of(conf: RunConf, name: str) -> Prompt:
+    """The recipe's prompt, or the one a stage names (with that prompt's default options)."""
+    return register.bind("prompt", {"name": name} if name else conf.prompt)
+
+
+def encoder_id(model: VisualRWKV, node: Mapping[str, Any]) -> str:
+    """Names the features of an encoder: its options and its very weights."""
+    digest = hashlib.sha256(json.dumps(node, sort_keys=True).encode())
+    for name, tensor in model.encoder.state_dict().items():
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,232 @@
+"""One run from a validated config: data, model, stages, evaluation, result."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kernels
+from data.dataset import Examples
+from data.floors import blind, majority
+from data.loader import eval_loader, train_loader
+from data.plan import Plan
+from toolkit import checkpoint, metrics
+from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
+from toolkit.corpus import Corpus
+from toolkit.evaluate import answer_all, as_jsonl
+from toolkit.metrics import Prediction
+from toolkit.model import VisualRWKV
+from toolkit.rundir import RunDir, provenance, write_json, write_text
+from toolkit.schema import RunConf
+from toolkit.train import device_of, fit_stage, loggers, micro_batch, prepare, stage_steps
+
+log = logging.getLogger("toolkit.run")
+
+
+def run_job(cfg: Mapping[str, Any], *, recipe: str, argv: list[str]) -> dict[str, Any]:
+    """Trains and evaluates one config, or returns the result that its directory already holds."""
+    conf = from_dict(cfg)
+    run = RunDir(Path(conf.paths.runs).expanduser(), cfg)
+    with run.lock():
+        done = run.finished()
+        if done is not None:
+            log.info("%s is already done: accuracy %.2f %%", run.path, 100 * done["accuracy"])
+            return done
+        began = time.monotonic()
+        write_text(run.config, _yaml(cfg))
+        run.note("running", recipe=recipe, **provenance(argv))
+        try:
+            result = execute(conf, run)
+        except BaseException as error:
+            run.note("failed", error=f"{type(error).__name__}: {error}")
+            raise
+        result = {
+            "recipe": recipe,
+            "title": conf.title,
+            "seed": conf.seed,
+            **result,
+            "seconds": round(time.monotonic() - began, 1),
+            **{k: v for k, v in provenance(argv).items() if k in ("commit", "dirty", "versions", "machine")},
+        }
+        write_json(run.result, result)
+        run.note("done")
+    log.info("%s", closing_line(run.path, result))
+    return result
+
+
+def execute(conf: RunConf, run: RunDir) -> dict[str, Any]:
+    """Data, model, training stages and evaluation; returns what the result tells of them."""
+    device = device_of(conf.hardware)
+    prepare(conf.hardware, conf.seed)
+    kernels.set_backend(conf.hardware.backend)
+    kernels.reset_chosen()
+    log.info("run directory %s", run.path)
+    corpus = Corpus(conf)
+    corpus.tokenizer.save(run.path / "vocabulary.json")
+    model = build_model(conf, vocab_size=corpus.tokenizer.size).to(device)
+    parts = learning_parts(conf, model)
+    facts: dict[str, Any] = {"parameters": parameters_by_part(model), "learning": parts}
+    with Timer(facts, "feature_seconds"):
+        features = corpus.features(model, device)
+    with Timer(facts, "train_seconds"):
+        facts["steps"] = train(conf, run, corpus, model, features, parts)
+    with Timer(facts, "eval_seconds"):
+        predictions = evaluate(conf, corpus, model, features, device)
+    write_text(run.predictions / f"{conf.eval.split}.jsonl", as_jsonl(predictions))
+    first = next(iter(conf.stages.values())).split
+    trained, scored = corpus.readers[first], corpus.readers[conf.eval.split]
+    return {
+        **metrics.summary(predictions),
+        "majority": majority(scored.all_examples()),
+        "blind": blind(trained.all_examples(), scored.all_examples()),
+        **facts,
+        "vocabulary": corpus.tokenizer.size,
+        "data": {split: reader.manifest_hash for split, reader in corpus.readers.items()},
+        "kernels": kernels.chosen(),
+        "device": str(device),
+    }
+
+
+def learning_parts(conf: RunConf, model: VisualRWKV) -> list[str]:
+    """Parts that learn in any stage; leaves requires_grad as the union over the stages."""
+    parts = {
+        part
+        for name, stage in conf.stages.items()
+        for part in select_trainable(model, stage.train, stage.freeze, stage=name)
+    }
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.split(".")[0] in parts)
+    if getattr(model.encoder, "learned", False) and "encoder" not in parts:
+        raise ValueError(
+            f"encoder={conf.encoder['name']} has no pretrained weights and every stage freezes it; "
+            "take `encoder` out of stages.*.freeze"
+        )
+    return sorted(parts)
+
+
+def train(
+    conf: RunConf, run: RunDir, corpus: Corpus, model: VisualRWKV, features: dict[str, Any], parts: list[str]
+) -> int:
+    """All stages, one `fit` each; returns the optimizer steps done. Finished training is not repeated."""
+    if run.weights.exists():
+        facts = checkpoint.load(run.weights, model)
+        log.info("training was finished before: weights from %s", run.weights)
+        return int(facts["steps"])
+    logger = loggers(run.path, conf.log)
+    total = 0
+    for name, stage in conf.stages.items():
+        select_trainable(model, stage.train, stage.freeze, stage=name)
+        model.train()
+        reader = corpus.readers[stage.split]
+        dataset = examples(conf, corpus, stage.split, model, features, prompt=corpus.prompts[name], answer=True)
+        steps = stage_steps(stage, len(dataset), name=name)
+        plan = Plan(len(dataset), stage.global_batch, conf.seed, reader.manifest_hash)
+        loader = train_loader(
+            dataset,
+            plan=plan,
+            steps=steps,
+            micro_batch=micro_batch(stage, conf.hardware, name=name),
+            workers=conf.hardware.workers,
+        )
+        fit_stage(
+            model, loader, name=name, conf=conf, steps=steps, first_step=total, logger=logger, folder=run.path
+        )
+        total += steps
+    checkpoint.save(run.weights, model, parts=parts, facts={"steps": total})
+    return total
+
+
+def examples(
+    conf: RunConf,
+    corpus: Corpus,
+    split: str,
+    model: VisualRWKV,
+    features: dict[str, Any],
+    *,
+    prompt: Any,
+    answer: bool,
+) -> Examples:
+    """The samples of a split, as the model reads them."""
+    return Examples(
+        corpus.readers[split],
+        prompt=prompt,
+        tokenizer=corpus.tokenizer,
+        n_image=model.n_image,
+        ctx_len=conf.model.ctx_len,
+        overlong=conf.model.overlong,
+        transform=None if features else model.encoder.transform(),
+        features=features.get(split),
+        answer=answer,
+    )
+
+
+def evaluate(
+    conf: RunConf, corpus: Corpus, model: VisualRWKV, features: dict[str, Any], device: torch.device
+) -> list[Prediction]:
+    """Predictions on the evaluation split."""
+    model.to(device)
+    dataset = examples(conf, corpus, conf.eval.split, model, features, prompt=corpus.prompt, answer=False)
+    scored = corpus.readers[conf.eval.split].all_examples()
+    if conf.eval.limit:
+        scored = scored[: conf.eval.limit]
+    loader = eval_loader(dataset, batch=conf.eval.batch, limit=conf.eval.limit, workers=conf.hardware.workers)
+    return answer_all(
+        model,
+        loader,
+        scored,
+        corpus.tokenizer,
+        max_new_tokens=conf.eval.max_new_tokens,
+        device=device,
+        bf16=conf.hardware.precision == "bf16",
+    )
+
+
+def check(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Builds the model on the meta device: parameters per part, and what each stage trains."""
+    conf = from_dict(cfg)
+    world = conf.model.vocab == "world"
+    with on_meta():
+        model = build_model(conf, vocab_size=65536 if world else 1)
+    stages = {}
+    for name, stage in conf.stages.items():
+        select_trainable(model, stage.train, stage.freeze, stage=name)
+        stages[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return {
+        "parameters": parameters_by_part(model),
+        "trainable": stages,
+        "image_tokens": model.n_image,
+        "per_vocabulary_entry": 0 if world else 2 * conf.model.d_model,
+    }
+
+
+class Timer:
+    """Notes the seconds that a block took under a name."""
+
+    def __init__(self, facts: dict[str, Any], name: str) -> None:
+        self.facts, self.name = facts, name
+
+    def __enter__(self) -> None:
+        self.began = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        self.facts[self.name] = round(time.monotonic() - self.began, 1)
+
+
+def closing_line(path: Path, result: Mapping[str, Any]) -> str:
+    """What a run says when it ends."""
+    percent = {k: f"{100 * result[k]:.2f} %" for k in ("accuracy", "majority", "blind")}
+    return (
+        f"accuracy {percent['accuracy']} on {result['n']:,} questions (majority {percent['majority']}, "
+        f"question only {percent['blind']}) in {result['seconds']:.0f} s: {path}"
+    )
+
+
+def _yaml(cfg: Mapping[str, Any]) -> str:
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(dict(cfg)))

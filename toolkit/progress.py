@@ -1,0 +1,42 @@
+"""Progress as plain lines, for logs and pipes: one short line every few seconds, no escape codes."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import RichProgressBar
+
+log = logging.getLogger("toolkit.train")
+
+INTERVAL = 10.0
+"""Seconds between two plain lines."""
+
+
+class PlainProgress(L.Callback):
+    """`tune 500/2000  loss 0.521  24.1 steps/s  62 s left`, every INTERVAL seconds and at the end."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.began = self.spoke = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        now, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
+        if trainer.is_global_zero and (now - self.spoke >= INTERVAL or step == steps) and step:
+            self.spoke = now
+            speed = step / (now - self.began)
+            left = (steps - step) / speed
+            loss = float(outputs["loss"])
+            log.info("%s %d/%d  loss %.3f  %.1f steps/s  %.0f s left", self.name, step, steps, loss, speed, left)
+
+
+def bar(name: str) -> L.Callback:
+    """A rich bar on a terminal, plain lines elsewhere."""
+    return RichProgressBar() if sys.stdout.isatty() else PlainProgress(name)

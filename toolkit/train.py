@@ -1,0 +1,122 @@
+"""Training stages: the only place that makes a Lightning Trainer, from explicit fields."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+
+from toolkit.lit import StageModule
+from toolkit.model import VisualRWKV
+from toolkit.progress import bar
+from toolkit.schema import HardwareConf, LogConf, RunConf, StageConf
+
+PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
+
+
+def device_of(hardware: HardwareConf) -> torch.device:
+    """The device that `hardware.device` asks for; asking for an absent one is an error."""
+    available = torch.cuda.is_available()
+    if hardware.device == "cuda" and not available:
+        raise ValueError("hardware.device=cuda, but torch sees no CUDA device here; write hardware.device=cpu")
+    return torch.device("cuda" if available and hardware.device != "cpu" else "cpu")
+
+
+def prepare(hardware: HardwareConf, seed: int) -> None:
+    """Seeds every generator, sets the CPU threads and keeps freed memory in the allocator."""
+    L.seed_everything(seed, workers=True, verbose=False)
+    if hardware.threads:
+        torch.set_num_threads(hardware.threads)
+    # A graph of small tensors is freed and allocated anew in each step; giving the memory back to the
+    # system in between cost 15 to 30 % of a CPU step.
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            trim_threshold, mmap_threshold = -1, -3
+            libc.mallopt(trim_threshold, 1 << 30)
+            libc.mallopt(mmap_threshold, 1 << 25)
+    for logger in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(logger).setLevel(logging.WARNING)
+
+
+def stage_steps(stage: StageConf, n_samples: int, *, name: str) -> int:
+    """Optimizer steps of a stage: `steps`, or as many as `epochs` passes over n_samples take."""
+    if stage.steps and stage.epochs:
+        raise ValueError(f"stages.{name}: steps={stage.steps} and epochs={stage.epochs:g} are both set; set one to 0")
+    steps = stage.steps or math.ceil(stage.epochs * math.ceil(n_samples / stage.global_batch))
+    if not steps:
+        raise ValueError(f"stages.{name}: steps and epochs are both 0; write stages.{name}.steps=1000")
+    return steps
+
+
+def micro_batch(stage: StageConf, hardware: HardwareConf, *, name: str) -> int:
+    """Samples per device and forward pass; devices and accumulation together make the global batch."""
+    ranks = hardware.devices * hardware.nodes
+    share, rest = divmod(stage.global_batch, ranks)
+    size = hardware.micro_batch or share
+    if rest or share % size:
+        raise ValueError(
+            f"stages.{name}.global_batch={stage.global_batch} is no multiple of devices * nodes * micro_batch = "
+            f"{hardware.devices} * {hardware.nodes} * {size}; change hardware.micro_batch or global_batch"
+        )
+    return size
+
+
+def loggers(folder: Path, log: LogConf) -> list[Logger]:
+    """metrics.csv and TensorBoard events in the run's folder."""
+    made: list[Logger] = []
+    if log.csv:
+        made.append(CSVLogger(folder, name="", version="", flush_logs_every_n_steps=log.every))
+    if log.tensorboard:
+        made.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+    return made
+
+
+def fit_stage(
+    model: VisualRWKV,
+    loader: Iterable[Any],
+    *,
+    name: str,
+    conf: RunConf,
+    steps: int,
+    first_step: int,
+    logger: list[Logger],
+    folder: Path,
+) -> None:
+    """Trains one stage for `steps` optimizer steps; the loader yields micro batches for all of them."""
+    stage = conf.stages[name]
+    size = micro_batch(stage, conf.hardware, name=name)
+    ranks = conf.hardware.devices * conf.hardware.nodes
+    module = StageModule(model, stage=stage, loss=conf.loss, steps=steps, first_step=first_step)
+    with warnings.catch_warnings():
+        # Lightning advises more workers; here the features are cached and one process is faster.
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        trainer = L.Trainer(
+            max_steps=steps,
+            accelerator="gpu" if device_of(conf.hardware).type == "cuda" else "cpu",
+            devices=conf.hardware.devices,
+            num_nodes=conf.hardware.nodes,
+            precision=PRECISION[conf.hardware.precision],
+            accumulate_grad_batches=stage.global_batch // (size * ranks),
+            gradient_clip_val=stage.grad_clip or None,
+            logger=logger,
+            log_every_n_steps=conf.log.every,
+            callbacks=[bar(name)],
+            default_root_dir=folder,
+            enable_checkpointing=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,
+        )
+        trainer.fit(module, loader)
+    if trainer.global_step != steps:
+        raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")
