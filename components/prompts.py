@@ -11,7 +11,7 @@ text without the tag:
     suffix      q⏎⟨image⟩            the image reads the question, the answer is next to the image
     sandwich    A⏎⟨image⟩⏎q          A: what is asked, before the image as well
 
-Source: VisualRWKV, section 3.4 and tables 3 and 9; white space as in its code, version 6.0.
+Source: VisualRWKV, tables 3 and 9; white space as in its code, version 6.0.
 """
 
 from __future__ import annotations
