@@ -1,0 +1,49 @@
+"""Golden parity: logits, loss and gradients of the original code, strictly loaded weights, both backends."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests import parity
+
+FILES = sorted((Path(__file__).parent / "golden").glob("visualrwkv_v*.safetensors"))
+CASES = [(path, scan) for path in FILES for scan in parity.Golden.open(path).scans]
+
+
+def test_all_scans_of_the_golden_files_are_compared() -> None:
+    assert [path.stem for path in FILES] == ["visualrwkv_v5", "visualrwkv_v6", "visualrwkv_v6_pooled"]
+    assert len(CASES) == 6 + 1 + 1
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize(("path", "scan"), CASES, ids=lambda v: getattr(v, "stem", v))
+def test_parity(path: Path, scan: str, backend: str) -> None:
+    found = parity.errors(parity.Golden.open(path), scan, backend)
+    assert all(found[what] <= bound for what, bound in parity.BOUNDS.items()), found
+
+
+def test_command_reports_and_fails_above_the_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    good = FILES[1]
+    assert parity.main([str(good), "--backend", "torch"]) == 0
+    golden = parity.Golden.open(good)
+    golden.tensors["param/rwkv.blocks.2.ffn.key.weight"] += 0.01
+    import json
+
+    bad = tmp_path / "bad.safetensors"
+    save_file(golden.tensors, bad, metadata={"args": json.dumps(golden.args)})
+    assert parity.main([str(bad), "--backend", "torch"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("ok") and lines[-1].startswith("FAIL"), lines
+
+
+def test_a_scan_off_by_one_layer_is_seen() -> None:
+    golden = parity.Golden.open(FILES[0])
+    model = parity.build(golden, "bidirection")
+    batch = parity.batch_of(golden, 0, model.n_image)
+    wrong = parity.build(golden, "multidirection").logits(batch)
+    assert parity.relative(wrong, golden.tensors["out0/bidirection/logits"]) > 1e-2
+    assert torch.isfinite(wrong).all()
