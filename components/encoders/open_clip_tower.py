@@ -1,0 +1,94 @@
+"""The vision tower of any open_clip model as a frozen encoder."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from typing import Any
+
+import open_clip
+from torch import Tensor, nn
+
+from components.encoders.pixels import ImageTransform
+from components.encoders.towers import TowerEncoder, unknown_model
+from components.encoders.weights import load_strict, needs_file, read_state, require
+
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 0}
+"""A text tower of next to nothing: open_clip's constructor builds one, and it is thrown away."""
+
+PREFIX = "visual."
+
+
+def open_clip_tower(name: str, *, layer: int, class_token: bool, weights: str) -> TowerEncoder:
+    """Builds, loads and cuts the tower to the layer that is read; parameters as in the catalogue.
+
+    Paper: the states are those of the block itself, before CLIP's final norm, and the class token,
+    first in CLIP, follows the patches. Raises ValueError for an unknown name, a class token the
+    tower does not have, and weights that are missing or do not fit.
+    """
+    if name not in open_clip.list_models():
+        raise unknown_model(name, open_clip.list_models(), "open_clip")
+    require(weights)
+    tower = _create(open_clip.get_model_config(name))
+    if class_token and not _has_class_token(tower):
+        raise ValueError(f"encoder.class_token: open_clip's '{name}' has no class token; set it to false")
+    if needs_file(weights):
+        load_strict(tower, _vision_part(read_state(weights)), source=weights)
+    index = layer
+    if hasattr(tower, "prune_intermediate_layers"):
+        (index,) = tower.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)
+    size = tower.image_size
+    preprocess = _preprocess(name, size[0] if isinstance(size, tuple) else size)
+    return TowerEncoder(tower, partial(read_layer, index=index, class_token=class_token), preprocess)
+
+
+def read_layer(tower: Any, pixels: Tensor, *, index: int, class_token: bool) -> tuple[Tensor, Tensor | None]:
+    """Feature map after block `index` without final norm, and the class token by option."""
+    found = tower.forward_intermediates(
+        pixels,
+        indices=[index],
+        stop_early=True,
+        normalize_intermediates=False,
+        intermediates_only=True,
+        output_extra_tokens=class_token,
+    )
+    (feature_map,) = found["image_intermediates"]
+    return feature_map, found["image_intermediates_prefix"][0][:, :1] if class_token else None
+
+
+def _create(config: dict[str, Any]) -> Any:
+    vision = dict(config["vision_cfg"])
+    if vision.get("timm_model_name"):
+        vision["timm_model_pretrained"] = False  # weights come from a local file only
+    clip = open_clip.CLIP(
+        embed_dim=config["embed_dim"],
+        vision_cfg=open_clip.CLIPVisionCfg(**vision),
+        text_cfg=open_clip.CLIPTextCfg(**NO_TEXT),
+        quick_gelu=config.get("quick_gelu", False),
+    )
+    return clip.visual
+
+
+def _has_class_token(tower: nn.Module) -> bool:
+    trunk = getattr(tower, "trunk", None)
+    return hasattr(tower, "class_embedding") or getattr(trunk, "cls_token", None) is not None
+
+
+def _vision_part(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The vision tower's tensors of a whole CLIP file; a file of the tower alone as it is."""
+    vision = {k.removeprefix(PREFIX): v for k, v in state.items() if k.startswith(PREFIX)}
+    if vision and len(vision) < len(state):
+        logging.getLogger(__name__).info("left out %d tensors of the text tower", len(state) - len(vision))
+    return vision or state
+
+
+def _preprocess(name: str, size: int) -> ImageTransform:
+    """Statistics and fit that open_clip lists for the model's first published weights, else CLIP's."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    published = open_clip.get_pretrained_cfg(name, tags[0]) if tags else {}
+    return ImageTransform(
+        size,
+        tuple(published.get("mean", open_clip.OPENAI_DATASET_MEAN)),
+        tuple(published.get("std", open_clip.OPENAI_DATASET_STD)),
+        "stretch" if published.get("resize_mode") == "squash" else "crop",
+    )
