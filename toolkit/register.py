@@ -11,11 +11,17 @@ keyword-only parameters are *the recipe's* and become a typed config schema:
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import importlib.util
 import inspect
+import os
+import sys
+import traceback
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import UnionType
 from typing import Any, TypeVar, Union
@@ -191,6 +197,10 @@ def _place(factory: Callable[..., Any]) -> str:
     return f"{code.co_filename}:{code.co_firstlineno}"
 
 
+def _qualname(factory: Callable[..., Any]) -> str:
+    return inspect.unwrap(factory).__qualname__
+
+
 def _first_sentence(factory: Callable[..., Any]) -> str:
     text = " ".join((inspect.getdoc(factory) or "").split("\n\n")[0].split())
     return text.split(". ")[0].rstrip(".") + "." if text else ""
@@ -204,8 +214,9 @@ def _add(kind: str, name: str, factory: F) -> F:
     parameters = _recipe_parameters(kind, name, factory)
     taken = _TABLE[kind].get(name)
     file, line = where.rsplit(":", 1)
-    # The same file loaded again (a reload, a plug-in imported under two names) replaces itself.
-    if taken is not None and taken.file != file:
+    # The same function loaded again (a reload, a plug-in imported under two names) replaces itself.
+    again = taken is not None and (taken.file, _qualname(taken.factory)) == (file, _qualname(factory))
+    if taken is not None and not again:
         raise KeyError(f"{kind} {name!r} is registered twice: {taken.file}:{taken.line} and {where}; rename one")
     _TABLE[kind][name] = Component(kind, name, factory, parameters, summary, file, int(line))
     _store(kind, name, parameters)
@@ -266,3 +277,65 @@ def bind(kind: str, node: Mapping[str, Any]) -> Callable[..., Any]:
         if nested is not None and p.name in values:
             values[p.name] = [bind(nested.kind, item) for item in values[p.name]]
     return partial(found.factory, **values)
+
+
+CATALOGUES = (
+    "components.encoders",
+    "components.projectors",
+    "components.recurrences",
+    "components.scans",
+    "components.prompts",
+    "data.sources",
+)
+"""Modules whose import registers what we ship; each is cheap: heavy imports happen inside factories."""
+
+ENTRY_POINTS = "toolkit.components"
+
+
+class PluginError(ValueError):
+    """A plug-in could not be imported."""
+
+    def __init__(self, plugin: str, reason: str) -> None:
+        self.plugin = plugin
+        super().__init__(f"plug-in {plugin!r} failed to import: {reason}")
+
+
+def discover(plugins: Sequence[str] = ()) -> None:
+    """Fills the registry: our catalogues, installed entry points, then `plugins` by import name.
+
+    The working directory is on the import path. Idempotent. Raises PluginError, naming the plug-in and
+    the last line of its own traceback; ImportError if another package stands where ours should.
+    """
+    for package in ("components", "data", "kernels"):
+        _check_beside_toolkit(package)
+    for module in CATALOGUES:
+        importlib.import_module(module)
+    for point in sorted(entry_points(group=ENTRY_POINTS), key=lambda p: p.name):
+        _load_plugin(point.name, point.load)
+    if plugins and os.getcwd() not in sys.path and "" not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    for name in plugins:
+        _load_plugin(name, partial(importlib.import_module, name))
+
+
+def _check_beside_toolkit(package: str) -> None:
+    """`data`, `kernels` and `components` are common names: make sure that ours would be imported."""
+    home = Path(__file__).resolve().parent.parent
+    spec = importlib.util.find_spec(package)
+    found = spec and (spec.origin or next(iter(spec.submodule_search_locations or ()), None))
+    if not found or home / package not in (Path(found).resolve(), *Path(found).resolve().parents):
+        raise ImportError(
+            f"'{package}' would be imported from {found or 'nowhere'}, but the toolkit needs {home / package}; "
+            f"rename yours, run from another folder, or install the toolkit into an environment of its own"
+        )
+
+
+def _load_plugin(name: str, load: Callable[[], Any]) -> None:
+    try:
+        load()
+    except Exception as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name.split(".")[0]:
+            raise PluginError(name, f"no module {error.name!r} on the import path (working directory included)") from error
+        last = traceback.format_exception_only(error)[-1].strip()
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise PluginError(name, f"{frame.filename}:{frame.lineno}: {last}") from error

@@ -17,7 +17,8 @@ class ModelConf:
 
     d_model: Positive = 64  # width D
     n_layer: Positive = 2  # layers L
-    ctx_len: Positive = 256  # longest sequence in tokens, image vectors included; longer samples are refused
+    ctx_len: Positive = 256  # longest sequence in tokens, image vectors included
+    overlong: Annotated[str, Choices("refuse", "cut")] = "refuse"  # what happens to longer samples
     vocab: Annotated[str, Choices("dataset", "world")] = "dataset"  # ids of the data set only, or all 65,536
 
 
@@ -130,3 +131,10 @@ class RunConf:
     prompt: Any = None
     recurrence: Any = None
     data: Any = None
+
+
+def store() -> None:
+    """Puts the schema into Hydra's ConfigStore, where `conf/run.yaml` names it."""
+    from hydra.core.config_store import ConfigStore
+
+    ConfigStore.instance().store(name="schema", node=RunConf)

@@ -1,0 +1,128 @@
+"""Settings that fit their types but not each other, as far as this can be known without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from toolkit.explain import Problem, closest
+from toolkit.layers import Plan
+from toolkit.register import KINDS, components
+
+Config = Mapping[str, Any]
+PARTS = ("encoder", "proj", "rwkv")
+"""First components of parameter names: what `stages.*.train` and `freeze` may begin with."""
+
+
+
+def check(cfg: Config, plan: Plan) -> list[Problem]:
+    """Every pair of settings that cannot go together. cfg: the composed config as plain values."""
+    found = [Problem(where(plan, key), key, *rest) for rule in _RULES for key, *rest in rule(cfg)]
+    return [Problem(p.place, p.key, p.what, p.matches, p.fix) for p in found]
+
+
+def where(plan: Plan, key: str) -> str:
+    """The place of the strongest layer that sets a dotted key, or chooses its component."""
+    parts = tuple(key.split("."))
+    for length in range(len(parts), 0, -1):
+        values = list(plan.values(*parts[:length]))
+        if values:
+            return values[-1].place
+    choice = plan.choices.get(parts[0])
+    return choice.place if choice else plan.choices["recipe"].place
+
+
+Found = Iterator[tuple[str, str, tuple[str, ...], str]]
+"""key, what, matches, fix."""
+
+
+def _heads(cfg: Config) -> Found:
+    node, width = cfg["recurrence"], cfg["model"]["d_model"]
+    size = node.get("head_size", 0)
+    if size and width % size:
+        good = max(n for n in range(1, size + 1) if width % n == 0)
+        what = f"{size} does not divide model.d_model={width}"
+        yield "recurrence.head_size", what, (), f"recurrence.head_size={good}, or model.d_model={width // size * size or size}"
+
+
+def _grid(cfg: Config) -> Found:
+    tokens, scan = cfg["projector"].get("tokens", -1), cfg["scan"]["name"]
+    if scan == "2d" and tokens in (0, 1) and cfg["scan"].get("columns", True):
+        what = f"{tokens} leaves no grid of image tokens, and scan=2d reads rows and columns"
+        yield "projector.tokens", what, (), "projector.tokens=4 or more, or scan=bi"
+    if tokens > 0 and int(tokens**0.5) ** 2 != tokens:
+        side = round(tokens**0.5)
+        yield "projector.tokens", f"{tokens} is not a square number", (), f"projector.tokens={side * side}"
+    if tokens == 0 and cfg["encoder"].get("class_token") is False:
+        fix = "encoder.class_token=true, or projector.tokens=1"
+        yield "projector.tokens", "0 keeps only the class token, and encoder.class_token is false", (), fix
+
+
+def _context(cfg: Config) -> Found:
+    tokens, length = cfg["projector"].get("tokens", -1), cfg["model"]["ctx_len"]
+    if tokens >= length:
+        fix = f"model.ctx_len={2 * tokens}, or fewer projector.tokens"
+        yield "model.ctx_len", f"{length} leaves no room for text after {tokens} image tokens", (), fix
+
+
+def _stages(cfg: Config) -> Found:
+    if not cfg["stages"]:
+        yield "stages", "a run needs at least one training stage", (), "set stages.tune.train and stages.tune.steps"
+    for name, stage in cfg["stages"].items():
+        head = f"stages.{name}"
+        yield from _prefixes(stage, head)
+        if stage["prompt"] and stage["prompt"] not in components("prompt"):
+            known = components("prompt")
+            near = tuple(closest(stage["prompt"], known))
+            fix = f"{head}.prompt={near[0] if near else next(iter(known))}, or leave it empty for the recipe's"
+            yield f"{head}.prompt", f"no prompt named {stage['prompt']!r}; known: {', '.join(sorted(known))}", near, fix
+        if not stage["steps"] and not stage["epochs"]:
+            yield f"{head}.steps", "steps and epochs are both 0", (), f"{head}.steps=1000 or {head}.epochs=1"
+        if stage["lr_final"] > stage["lr"]:
+            what = f"{stage['lr_final']:g} is above {head}.lr={stage['lr']:g}; the rate falls"
+            yield f"{head}.lr_final", what, (), f"{head}.lr_final={stage['lr'] / 10:g}"
+        if stage["steps"] and stage["warmup"] > stage["steps"]:
+            what = f"{stage['warmup']} is more than {head}.steps={stage['steps']}"
+            yield f"{head}.warmup", what, (), f"{head}.warmup={stage['steps'] // 10}"
+
+
+def _prefixes(stage: Config, head: str) -> Found:
+    if not stage["train"]:
+        yield f"{head}.train", "nothing learns in this stage", (), f"{head}.train=[proj,rwkv]"
+    for key in ("train", "freeze"):
+        for prefix in stage[key]:
+            if prefix.split(".")[0] not in PARTS:
+                near = tuple(closest(prefix, [*PARTS, "rwkv.emb", "rwkv.blocks", "rwkv.head"]))
+                what = f"{prefix!r} begins no parameter's name; the parts are {', '.join(PARTS)}"
+                yield f"{head}.{key}", what, near, f"{head}.{key}=[{near[0] if near else 'proj,rwkv'}]"
+
+
+def _batches(cfg: Config) -> Found:
+    hardware = cfg["hardware"]
+    ranks, micro = hardware["devices"] * hardware["nodes"], hardware["micro_batch"]
+    for name, stage in cfg["stages"].items():
+        share = ranks * (micro or 1)
+        if stage["global_batch"] % share:
+            parts = f"hardware.devices x nodes = {ranks}" + (f" x micro_batch = {micro}" if micro else "")
+            key = "hardware.micro_batch" if micro else "hardware.devices"
+            good = max(n for n in range(1, share + 1) if (stage["global_batch"] % n == 0 and n % ranks == 0) or n == 1)
+            fix = f"stages.{name}.global_batch={share * max(1, stage['global_batch'] // share)}"
+            if micro and good >= ranks:
+                fix = f"hardware.micro_batch={good // ranks}, or {fix}"
+            yield key, f"{parts} does not divide stages.{name}.global_batch={stage['global_batch']}", (), fix
+
+
+_RULES: tuple[Callable[[Config], Found], ...] = (_heads, _grid, _context, _stages, _batches)
+
+
+def missing(cfg: Config, keys: list[str], plan: Plan) -> list[Problem]:
+    """The required settings that nobody gave, as one problem each, with what to write."""
+    problems = []
+    for key in sorted(keys):
+        kind, _, name = key.partition(".")
+        what = "required, and not given"
+        if kind in KINDS:
+            what += f" ({kind} {cfg[kind]['name']!r} needs it)"
+        fix = f"{key}={'PATH' if name else 'VALUE'} on the command line, or in a recipe"
+        problems.append(Problem(plan.choices[kind].place if kind in plan.choices else where(plan, key), key, what, (), fix))
+    return problems

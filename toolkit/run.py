@@ -1,0 +1,225 @@
+"""`python -m toolkit.run recipe=NAME key=value ...`: composes, checks, runs. torch comes after the checks."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit import compose, recipes, register
+from toolkit.compose import Job, Request
+from toolkit.explain import BadRecipe, Problem, fail, guarded
+from toolkit.layers import scales
+
+log = logging.getLogger("toolkit.run")
+
+_INFO = ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath")
+
+_EXAMPLES = """\
+examples:
+  python -m toolkit.run                                       the quick start
+  python -m toolkit.run recipe=ablation/scan_2d               one row of a table
+  python -m toolkit.run recipe=ablation/scan seed=0,1,2       the whole table, three seeds
+  python -m toolkit.run recipe=quickstart scan=bi scan.PARAMETER=VALUE stages.tune.lr=1e-3
+  python -m toolkit.run -m recurrence=rwkv5,rwkv6             a sweep of your own
+  python -m toolkit.run recipe=ablation/scan_2d scale=paper_1b6 --check
+  python -m toolkit.run plugins=[my_module] scan=my_scan      a component of your own
+  python -m toolkit.listing scan                              what a kind offers
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 1 a run failed, 2 the request cannot be run."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    return guarded(lambda: _main(words))
+
+
+def _main(words: list[str]) -> int:
+    args = _parser().parse_args(words)
+    if args.help:
+        print(usage())
+        return 0
+    configure_logging()
+    request = compose.understand(args.overrides, multirun=args.multirun)
+    if args.cfg or args.info:
+        return _show(args, request)
+    if args.check:
+        return _check(request)
+    return _sweep(request) if request.multirun else _single(request.jobs[0])
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m toolkit.run", add_help=False, allow_abbrev=False)
+    parser.add_argument("overrides", nargs="*", metavar="key=value")
+    parser.add_argument("-h", "--help", action="store_true")
+    parser.add_argument("-m", "--multirun", action="store_true")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("-c", "--cfg", choices=("job", "hydra", "all"))
+    parser.add_argument("-i", "--info", nargs="?", const="all", choices=_INFO)
+    return parser
+
+
+def configure_logging() -> None:
+    """One plain line per message, on stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("toolkit").setLevel(logging.INFO)
+
+
+def usage() -> str:
+    """The text of --help."""
+    register.discover()
+    kinds = [f"  {kind + '=':<13}{', '.join(sorted(register.components(kind)))}" for kind in register.KINDS]
+    lines = [
+        "usage: python -m toolkit.run [recipe=NAME] [scale=NAME] [key=value ...] [-m] [--check]",
+        "",
+        "  -m, --multirun   run every combination of values given as key=first,second",
+        "  --check          compose, check and count parameters; needs no data",
+        "  --cfg job        print the composed recipe;  --info defaults  print how it was composed",
+        "  -h, --help       this text",
+        "",
+        "what a recipe chooses, and `key=value` may choose instead:",
+        *kinds,
+        f"  {'scale=':<13}{', '.join(scales())}",
+        "",
+        "recipes:",
+        *(f"  {name:<30}{_headline(files[0])}" for name, files in sorted(recipes.names().items())),
+        "",
+        _EXAMPLES,
+    ]
+    return "\n".join(lines).rstrip()
+
+
+def _headline(file: Path) -> str:
+    text = next(iter(recipes.header(file)), "")
+    return text if len(text) <= 78 else text[:75].rsplit(" ", 1)[0] + " ..."
+
+
+def _show(args: argparse.Namespace, request: Request) -> int:
+    """Hydra's --cfg and --info."""
+    with compose.mounted() as hydra:
+        if args.cfg:
+            hydra.show_cfg("run", request.fixed, args.cfg, None)
+        else:
+            hydra.show_info(args.info, "run", request.fixed)
+    return 0
+
+
+def _check(request: Request) -> int:
+    """Builds every row on the meta device and prints its sizes."""
+    composed = [(job, compose.compose(job, complete=False)) for job in request.jobs]
+    from toolkit.job import check
+
+    for job, cfg in composed:
+        try:
+            facts = check(cfg)
+        except ValueError as error:
+            raise fail(job.plan.choices["recipe"].place, "", str(error)) from error
+        print(f"{' '.join(job.overrides) or job.recipe}")
+        print(sizes(facts))
+    return 0
+
+
+def sizes(facts: dict[str, Any]) -> str:
+    """Parameters per part, image tokens and what each stage trains, one line each."""
+    parts = facts["parameters"]
+    lines = [f"  {name:<10}{count:>16,}" for name, count in parts.items()]
+    lines.append(f"  {'image':<10}{facts['image_tokens']:>16,} tokens")
+    for stage, count in facts["trainable"].items():
+        lines.append(f"  {stage:<10}{count:>16,} learn ({count / max(1, parts['total']):.1%})")
+    if facts.get("per_vocabulary_entry"):
+        lines.append(f"  {'vocabulary':<10}{facts['per_vocabulary_entry']:>16,} more for each word of the data set")
+    return "\n".join(lines)
+
+
+def _single(job: Job) -> int:
+    cfg = compose.compose(job)
+    try:
+        _run(cfg, job.recipe, job.overrides)
+    except ValueError as error:
+        if os.environ.get("TOOLKIT_TRACE") == "1":
+            raise
+        print(f"{told(error)}\nTOOLKIT_TRACE=1 shows where this was found", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _run(cfg: dict[str, Any], recipe: str, argv: list[str]) -> None:
+    from toolkit.job import run_job
+
+    run_job(cfg, recipe=recipe, argv=argv)
+
+
+def run_row(cfg: Any) -> None:
+    """One row of a sweep, as a launcher calls it, perhaps in a process whose registry is still empty."""
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    configure_logging()
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    register.discover(values["plugins"])
+    conf = HydraConfig.get()
+    overrides = [str(text) for text in conf.overrides.task]
+    log.info("row %s: %s", int(conf.job.num) + 1, " ".join(overrides))
+    _run({str(k): v for k, v in values.items()}, str(conf.runtime.choices["recipe"]), overrides)
+
+
+def _sweep(request: Request) -> int:
+    """Runs every row, also after one failed, and tells at the end which did."""
+    for job in request.jobs:
+        _refuse_respawn(job, compose.compose(job))
+    failures = []
+    for job, outcome in zip(request.jobs, _launch(request), strict=True):
+        if outcome.status.name == "FAILED":
+            failures.append((job, outcome._return_value))
+    done = len(request.jobs) - len(failures)
+    print(f"{done} of {len(request.jobs)} rows done" + (f", {len(failures)} failed:" if failures else ""), file=sys.stderr)
+    for job, error in failures:
+        print(f"  {' '.join(job.overrides)}: {told(error)}", file=sys.stderr)
+        if os.environ.get("TOOLKIT_TRACE") == "1":
+            traceback.print_exception(error)
+    return 1 if failures else 0
+
+
+def _launch(request: Request) -> Sequence[Any]:
+    """Hands the rows to the chosen launcher (in this process, if none is)."""
+    from hydra.core.plugins import Plugins
+    from hydra.types import HydraContext, RunMode
+
+    # The task must be importable by name in a launcher's worker, which `__main__` is not.
+    from toolkit.run import run_row as task
+
+    with compose.mounted() as hydra:
+        cfg = hydra.compose_config("run", request.fixed, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
+        from hydra._internal.callbacks import Callbacks
+
+        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(cfg))
+        launcher = Plugins.instance().instantiate_launcher(context, task, cfg)
+        return launcher.launch([job.overrides for job in request.jobs], 0)
+
+
+def _refuse_respawn(job: Job, cfg: dict[str, Any]) -> None:
+    """Processes that a row starts for its other devices would each run the whole sweep again."""
+    hardware = cfg["hardware"]
+    if hardware["devices"] * hardware["nodes"] > 1 and "WORLD_SIZE" not in os.environ:
+        from toolkit.rules import where
+
+        what = f"{hardware['devices']} devices on {hardware['nodes']} nodes inside a sweep"
+        fix = "start the sweep with torchrun, run the rows one by one, or use a launcher with one task per device"
+        raise BadRecipe([Problem(where(job.plan, "hardware.devices"), "hardware.devices", what, (), fix)])
+
+
+def told(error: BaseException) -> str:
+    """An error on one line, with the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
