@@ -1,0 +1,193 @@
+"""Examples of a shard folder as token ids, labels and a picture: what a batch is collated from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from data.images import decode
+from data.reader import ShardReader
+from data.records import IMAGE_TAG, Example
+from data.tokens import Tokenizer, encode_segments
+from toolkit.contracts import IGNORE, NO_IMAGE, Prompt, Turn
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from data.features import FeatureTable
+
+_MAX_KEPT = 4096
+_MAX_WORKERS = 256
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One example ready for collating; its tensors are shared, so treat them as read-only.
+
+    ids, labels: [T] long; image positions hold PAD_ID and IGNORE. image_start: NO_IMAGE for text.
+    record: record index, the row of a feature cache. pixels: the transform's result, None for text
+    only or with cached features. gold: the expected answer, "" in training.
+    """
+
+    ids: Tensor
+    labels: Tensor
+    image_start: int
+    key: str
+    record: int
+    weight: float
+    pixels: Any = None
+    gold: str = ""
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    ids: Tensor
+    labels: Tensor
+    image_start: int
+
+
+class Examples(Dataset[Sample]):
+    """Map-style data set over every dialog of a shard folder.
+
+    prompt: turns -> segments. n_image: positions an image takes. ctx_len: longest sequence, image
+    included. transform: PIL image -> pixels of one sample; features: a cache that replaces it;
+    with neither, only texts are read. answer=False leaves the last gpt turn out of the sequence and
+    returns it as `gold`. keep_mb: transformed pictures are kept in the main process up to this size.
+
+    overlong: what happens to a sample longer than ctx_len. "refuse": ValueError. "cut": the first
+    ctx_len positions if they hold a label; otherwise the sample keeps its slot with weight 0 and is
+    counted in `left_out`. A cut inside the image, and any cut with answer=False, is always refused.
+    """
+
+    def __init__(
+        self,
+        reader: ShardReader,
+        *,
+        prompt: Prompt,
+        tokenizer: Tokenizer,
+        n_image: int,
+        ctx_len: int,
+        overlong: Literal["refuse", "cut"] = "refuse",
+        transform: Callable[[Image], Any] | None = None,
+        features: FeatureTable | None = None,
+        answer: bool = True,
+        keep_mb: int = 256,
+    ) -> None:
+        if transform is not None and features is not None:
+            raise ValueError("Examples take a transform or cached features, not both")
+        if overlong not in ("refuse", "cut"):
+            raise ValueError(f"overlong={overlong!r} is unknown; use 'refuse' or 'cut'")
+        self.reader, self.features, self.answer = reader, features, answer
+        self.n_image, self.ctx_len = n_image, ctx_len
+        self._prompt, self._tokenizer, self._overlong = prompt, tokenizer, overlong
+        self._transform, self._keep_bytes = transform, keep_mb << 20
+        self._texts: dict[tuple[Turn, ...], _Encoded] = {}
+        self._pictures: dict[int, Any] = {}
+        self._kept_bytes = 0
+        # One slot per process that reads: shared with loader workers, written without a lock.
+        self._left_out = torch.zeros(_MAX_WORKERS + 1, dtype=torch.long)
+        self._left_out.share_memory_()  # type: ignore[no-untyped-call]
+
+    def __len__(self) -> int:
+        return len(self.reader.examples.record)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_texts": {}, "_pictures": {}, "_kept_bytes": 0}
+
+    @property
+    def left_out(self) -> int:
+        """Overlong samples served with weight 0 so far, in this process and its loader workers."""
+        return int(self._left_out.sum())
+
+    def example(self, j: int) -> Example:
+        """Key, turns, type and gold answer of example j, without reading its picture."""
+        return self.reader.example(j)
+
+    def __getitem__(self, item: int | tuple[int, float]) -> Sample:
+        """item: an example's number, or (number, weight) as the step sampler yields it."""
+        j, weight = item if isinstance(item, tuple) else (item, 1.0)
+        example = self.reader.example(j)
+        _check_tags(example)
+        gold = "" if self.answer else example.gold
+        encoded = self._encoded(example.turns if self.answer else example.turns[:-1])
+        if len(encoded.ids) > self.ctx_len:
+            encoded = self._cut(example, encoded)
+        if self.answer and not bool((encoded.labels != IGNORE).any()):
+            weight = self._without_label(example)
+        pixels = None if encoded.image_start == NO_IMAGE else self._pixels(example)
+        return Sample(
+            encoded.ids,
+            encoded.labels,
+            encoded.image_start,
+            key=example.key,
+            record=example.record,
+            weight=weight,
+            pixels=pixels,
+            gold=gold,
+        )
+
+    def _encoded(self, turns: tuple[Turn, ...]) -> _Encoded:
+        """Tokens of the turns; kept, because question sets repeat a few texts over many pictures."""
+        found = self._texts.get(turns)
+        if found is None:
+            made = encode_segments(self._prompt(turns), self._tokenizer, self.n_image)
+            ids, labels = (torch.tensor(values, dtype=torch.long) for values in (made.ids, made.labels))
+            found = _Encoded(ids, labels, made.image_start)
+            if len(self._texts) >= _MAX_KEPT:
+                self._texts.clear()
+            self._texts[turns] = found
+        return found
+
+    def _cut(self, example: Example, encoded: _Encoded) -> _Encoded:
+        n, image_end = len(encoded.ids), encoded.image_start + self.n_image
+        where = f"{example.key}: the sequence has {n:,} positions, model.ctx_len={self.ctx_len}"
+        if self._overlong == "refuse" or not self.answer:
+            raise ValueError(f"{where}; set model.ctx_len={n} or more, or take the sample out of the data")
+        if encoded.image_start != NO_IMAGE and image_end > self.ctx_len:
+            raise ValueError(
+                f"{where} would cut its image, which ends at {image_end}; set model.ctx_len={n} or more"
+            )
+        # Paper: its code keeps the last ctx_len positions where the first hold no label, losing the image.
+        return _Encoded(encoded.ids[: self.ctx_len], encoded.labels[: self.ctx_len], encoded.image_start)
+
+    def _without_label(self, example: Example) -> float:
+        """The weight of a sample whose positions carry no label: 0 if cutting removed them all."""
+        if len(self._encoded(example.turns).ids) <= self.ctx_len:
+            raise ValueError(f"{example.key}: no position carries a label, so there is nothing to learn")
+        worker = get_worker_info()
+        self._left_out[0 if worker is None else 1 + worker.id % _MAX_WORKERS] += 1
+        return 0.0
+
+    def _pixels(self, example: Example) -> Any:
+        if self._transform is None or not example.has_image:
+            return None
+        found = self._pictures.get(example.record)
+        if found is None:
+            data = self.reader.image_bytes(example.record)
+            found = self._transform(decode(data or b"", example.key))
+            # Workers decode side by side; a copy of the pictures in each would cost more than it saves.
+            if get_worker_info() is None and self._kept_bytes < self._keep_bytes:
+                self._kept_bytes += n_bytes(found)
+                self._pictures[example.record] = found
+        return found
+
+
+def n_bytes(pixels: Any) -> int:
+    """Bytes of a tensor or of nested tuples of tensors."""
+    return int(pixels.nbytes) if isinstance(pixels, Tensor) else sum(n_bytes(part) for part in pixels)
+
+
+def _check_tags(example: Example) -> None:
+    tags = sum(turn.text.count(IMAGE_TAG) for turn in example.turns)
+    if tags != int(example.has_image):
+        pictures = "one picture" if example.has_image else "no picture"
+        raise ValueError(
+            f"{example.key}: {tags} {IMAGE_TAG} tags in the turns, but {pictures}; a record with a "
+            "picture has "
+            "exactly one tag, a text-only record none"
+        )

@@ -1,0 +1,38 @@
+"""What a score must beat: answering without looking, and without even reading."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+
+from data.records import Example
+
+
+def majority(examples: Iterable[Example]) -> float:
+    """Share of the most frequent gold answer: the score of always giving that one."""
+    counts = Counter(example.gold for example in examples)
+    if not counts:
+        raise ValueError("a floor needs at least one example")
+    return max(counts.values()) / counts.total()
+
+
+def blind(train: Iterable[Example], test: Iterable[Example]) -> float:
+    """Score on `test` of the answer most frequent in `train` for the same question text, pictures unseen.
+
+    Questions that `train` does not have get its overall most frequent answer. Ties go to the answer
+    that is first in alphabetical order.
+    """
+    by_question: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    overall: Counter[str] = Counter()
+    for example in train:
+        by_question[example.question][example.gold] += 1
+        overall[example.gold] += 1
+    best = {question: _most_frequent(counts) for question, counts in by_question.items()}
+    hits = [best.get(e.question, _most_frequent(overall)) == e.gold for e in test]
+    if not hits or not best:
+        raise ValueError("the blind floor needs at least one train and one test example")
+    return sum(hits) / len(hits)
+
+
+def _most_frequent(counts: Counter[str]) -> str:
+    return min(counts, key=lambda answer: (-counts[answer], answer), default="")

@@ -1,0 +1,222 @@
+"""Reads records of a shard folder by byte range, in any order, every member checked by CRC-32."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import zlib
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.index import IMAGE_KINDS, Index, joined, manifest_hash, parse_index, read_manifest
+from data.records import Example, dialogs_of, parse_json
+
+_MAX_OPEN = 64
+_MAX_KEPT = 1024
+
+
+class DamagedSample(ValueError):
+    """A member that cannot be read; the message names shard, key, member, byte offset and cause."""
+
+    def __init__(self, *, shard: str, key: str, member: str, offset: int, cause: str) -> None:
+        self.shard, self.key, self.member, self.offset, self.cause = shard, key, member, offset, cause
+        super().__init__(
+            f"{shard}: key {key}: member {member} at byte {offset:,}: {cause}; copy the shard again or "
+            "convert again"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Worker processes send errors by pickle, which would call __init__ with the message alone.
+        names = ("shard", "key", "member", "offset", "cause")
+        return _damaged, tuple(getattr(self, name) for name in names)
+
+
+def _damaged(shard: str, key: str, member: str, offset: int, cause: str) -> DamagedSample:
+    return DamagedSample(shard=shard, key=key, member=member, offset=offset, cause=cause)
+
+
+class ExampleTable(NamedTuple):
+    """Where each example lies: record index [J] and dialog index in that record [J]."""
+
+    record: NDArray[np.int32]
+    dialog: NDArray[np.int32]
+
+
+class ShardReader:
+    """Random access to a shard folder. Safe to pickle and to use after a fork; use one per thread.
+
+    Opening reads manifest and indexes and compares every shard file's size. Raises ValueError
+    naming the shard if one is missing or has another size, or if an index was changed.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        shards: list[dict[str, Any]] = self.manifest["shardlist"]
+        self._names = [str(shard["url"]) for shard in shards]
+        self._index = joined([_load_index(self.folder, shard) for shard in shards])
+        self._ends = np.cumsum([shard["nsamples"] for shard in shards])
+        self._files = _Files(self.folder)
+        self._kept: dict[int, tuple[Example, ...]] = {}
+        self.manifest_hash = manifest_hash(self.manifest)
+
+    def __len__(self) -> int:
+        """Number of records."""
+        return len(self._index)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_files": _Files(self.folder), "_kept": {}}
+
+    def key(self, i: int) -> str:
+        return self._index.key(i)
+
+    def dialogs(self, i: int) -> int:
+        """Number of dialogs of record i."""
+        return int(self._index.dialogs[i])
+
+    def has_image(self, i: int) -> bool:
+        return bool(self._index.image_kind[i])
+
+    def record(self, i: int) -> dict[str, Any]:
+        """The JSON of record i."""
+        column = self._index
+        offset, size, crc = (int(c[i]) for c in (column.json_offset, column.json_size, column.json_crc))
+        text = self._member(i, "json", offset, size, crc)
+        return parse_json(text, f"{self._shard(i)}: key {self.key(i)}")  # type: ignore[no-any-return]
+
+    def image_bytes(self, i: int) -> bytes | None:
+        """The picture of record i as it was converted, None for a text-only record."""
+        if not self.has_image(i):
+            return None
+        column, kind = self._index, IMAGE_KINDS[self._index.image_kind[i]]
+        offset, size, crc = (int(c[i]) for c in (column.image_offset, column.image_size, column.image_crc))
+        return self._member(i, kind, offset, size, crc)
+
+    @cached_property
+    def examples(self) -> ExampleTable:
+        """Every dialog of every record, in order."""
+        counts = self._index.dialogs.astype(np.int64)
+        record = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        first = np.repeat(np.cumsum(counts) - counts, counts)
+        return ExampleTable(record, (np.arange(len(record)) - first).astype(np.int32))
+
+    def example(self, j: int) -> Example:
+        """Dialog j, counted over all records."""
+        return self._examples_of(int(self.examples.record[j]))[int(self.examples.dialog[j])]
+
+    def all_examples(self) -> Iterator[Example]:
+        """Every example in order."""
+        for i in range(len(self)):
+            yield from self._examples_of(i)
+
+    def _examples_of(self, i: int) -> tuple[Example, ...]:
+        """Examples of record i; the last few records stay parsed, as neighbours are read together."""
+        found = self._kept.get(i)
+        if found is None:
+            found = self._parsed(i)
+            if len(self._kept) >= _MAX_KEPT:
+                self._kept.clear()
+            self._kept[i] = found
+        return found
+
+    def _parsed(self, i: int) -> tuple[Example, ...]:
+        key, record = self.key(i), self.record(i)
+        dialogs = dialogs_of(record, f"{self._shard(i)}: key {key}")
+        if len(dialogs) != self.dialogs(i):
+            raise ValueError(
+                f"{self._shard(i)}: key {key}: {len(dialogs)} dialogs, the index says {self.dialogs(i)}"
+            )
+        examples = (Example(key, d.turns, d.kind, i, self.has_image(i)) for d in dialogs)
+        if "dialogs" in record:
+            return tuple(replace(e, key=f"{key}-{number}") for number, e in enumerate(examples))
+        return tuple(examples)
+
+    def _shard(self, i: int) -> str:
+        return self._names[int(np.searchsorted(self._ends, i, side="right"))]
+
+    def _member(self, i: int, kind: str, offset: int, size: int, crc: int) -> bytes:
+        shard = self._shard(i)
+        data, cause = self._files.read(shard, offset, size)
+        if not cause and zlib.crc32(data) != crc:
+            cause = f"damaged data: CRC-32 is {zlib.crc32(data):08x}, the index says {crc:08x}"
+        if cause:
+            key = self.key(i)
+            raise DamagedSample(shard=shard, key=key, member=f"{key}.{kind}", offset=offset, cause=cause)
+        return data
+
+
+def _load_index(folder: Path, shard: dict[str, Any]) -> Index:
+    """The checked index of one shard whose file is there in full."""
+    file, name = folder / shard["url"], shard["url"]
+    try:
+        size = file.stat().st_size
+    except OSError as error:
+        raise ValueError(
+            f"{name} is missing in {folder}: {error.strerror}; copy it again or convert again"
+        ) from error
+    if size != shard["filesize"]:
+        raise ValueError(
+            f"{name} in {folder} has {size:,} bytes, the manifest says {shard['filesize']:,}: the file "
+            "was cut or "
+            "replaced; copy it again or convert again"
+        )
+    path = folder / shard["index"]
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise ValueError(
+            f"the index {path} cannot be read: {error.strerror}; convert the data again"
+        ) from error
+    if hashlib.sha256(content).hexdigest() != shard["index_sha256"]:
+        raise ValueError(
+            f"{path} is not the index that the manifest was written with; convert the data again"
+        )
+    index = parse_index(content, str(path))
+    if len(index) != shard["nsamples"]:
+        raise ValueError(
+            f"{path} lists {len(index):,} records, the manifest {shard['nsamples']:,}; convert again"
+        )
+    return index
+
+
+class _Files:
+    """Open shard files of this process, at most a few dozen, least recently used closed first."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._process = os.getpid()
+        self._open: dict[str, int] = {}
+
+    def read(self, name: str, offset: int, size: int) -> tuple[bytes, str]:
+        """(bytes, "") or (b"", why they cannot be read)."""
+        try:
+            data = os.pread(self._handle(name), size, offset)
+        except OSError as error:
+            return b"", f"cannot be read: {error.strerror or errno.errorcode.get(error.errno or 0, 'error')}"
+        if len(data) != size:
+            return b"", f"only {len(data):,} of {size:,} bytes are there"
+        return data, ""
+
+    def _handle(self, name: str) -> int:
+        if os.getpid() != self._process:
+            # Forked: the parent's handles are left alone and its own are opened.
+            self._process, self._open = os.getpid(), {}
+        handle = self._open.pop(name, None)
+        if handle is None:
+            handle = os.open(self._folder / name, os.O_RDONLY)
+            if len(self._open) >= _MAX_OPEN:
+                os.close(self._open.pop(next(iter(self._open))))
+        self._open[name] = handle
+        return handle
+
+    def __del__(self) -> None:
+        if os.getpid() == self._process:
+            for handle in self._open.values():
+                os.close(handle)
