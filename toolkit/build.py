@@ -98,7 +98,8 @@ def on_meta() -> Iterator[None]:
 
 def from_dict(cfg: Mapping[str, Any]) -> RunConf:
     """A resolved plain config -> typed settings; component nodes stay plain dictionaries."""
-    return _fill(RunConf, cfg)  # type: ignore[no-any-return]
+    conf: RunConf = _fill(RunConf, cfg)
+    return conf
 
 
 def _fill(kind: Any, values: Mapping[str, Any]) -> Any:

@@ -16,8 +16,9 @@ from data.features import FeatureTable, build_features, estimate_bytes
 from data.reader import ShardReader
 from data.tokens import CompactTokenizer, Tokenizer, WorldTokenizer
 from toolkit import register
-from toolkit.contracts import Prompt, Text
-from toolkit.explain import nearest
+from toolkit.contracts import ImageFeatures, Prompt, Text
+from toolkit.explain import closest
+from toolkit.lit import move
 from toolkit.model import VisualRWKV
 from toolkit.schema import RunConf
 
@@ -50,26 +51,24 @@ class Corpus:
 
     def _texts(self) -> Iterable[str]:
         used = [(s.split, self.prompts[name]) for name, s in self.conf.stages.items()]
-        for split, prompt in {**dict(used), self.conf.eval.split: self.prompt}.items():
+        for split, prompt in [*used, (self.conf.eval.split, self.prompt)]:
             for example in self.readers[split].all_examples():
                 yield from (s.text for s in prompt(example.turns) if isinstance(s, Text))
 
-    def features(self, model: VisualRWKV, device: torch.device, tick: Any = None) -> dict[str, FeatureTable]:
+    def features(self, model: VisualRWKV, device: torch.device) -> dict[str, FeatureTable]:
         """Features of every picture of every split, once; empty if they are to be computed each time."""
         where = self._where(model)
         if where == "off":
             return {}
         model.eval()
-        encode, transform = model.encoder.forward, model.encoder.transform()
-        identity = encoder_id(model, self.conf.encoder)
+        transform, identity = model.encoder.transform(), encoder_id(model, self.conf.encoder)
 
-        def run(pixels: Any) -> Any:
-            with torch.inference_mode():
-                return encode(pixels.to(device) if isinstance(pixels, torch.Tensor) else pixels)
+        def encode(pixels: Any) -> ImageFeatures:
+            return model.encode(move(pixels, device))
 
         return {
             split: build_features(
-                reader, run, transform, where=where, folder=self.cache / "features", encoder_id=identity
+                reader, encode, transform, where=where, folder=self.cache / "features", encoder_id=identity
             )
             for split, reader in self.readers.items()
         }
@@ -87,7 +86,10 @@ class Corpus:
             return wanted
         if learns:
             return "off"
-        size = sum(estimate_bytes(r, model.encoder) for r in self.readers.values())
+        encoder = model.encoder
+        size = sum(
+            estimate_bytes(len(r), encoder.grid, encoder.n_extra, encoder.d_out) for r in self.readers.values()
+        )
         if size > self.conf.features.limit_mb << 20:
             log.info(
                 "features are computed in each step: all of them would take %d MiB, more than "
@@ -107,9 +109,9 @@ def wanted(conf: RunConf) -> list[tuple[str, str]]:
 def open_split(folders: Mapping[str, Path], split: str, key: str) -> Path:
     """The folder of a split; ValueError with the near names if the source has none of that name."""
     if split not in folders:
-        raise ValueError(
-            f"{key}={split}: this data source has the splits {', '.join(folders)}{nearest(split, list(folders))}"
-        )
+        near = closest(split, folders)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{key}={split}: this data source has the splits {', '.join(folders)}{hint}")
     return folders[split]
 
 

@@ -125,12 +125,12 @@ def train(
         reader = corpus.readers[stage.split]
         dataset = examples(conf, corpus, stage.split, model, features, prompt=corpus.prompts[name], answer=True)
         steps = stage_steps(stage, len(dataset), name=name)
-        plan = Plan(len(dataset), stage.global_batch, conf.seed, reader.manifest_hash)
         loader = train_loader(
             dataset,
-            plan=plan,
-            steps=steps,
-            micro_batch=micro_batch(stage, conf.hardware, name=name),
+            Plan(len(dataset), stage.global_batch, conf.seed, reader.manifest_hash, block=1),
+            start_step=0,
+            end_step=steps,
+            micro=micro_batch(stage, conf.hardware, name=name),
             workers=conf.hardware.workers,
         )
         fit_stage(
@@ -171,7 +171,7 @@ def evaluate(
     """Predictions on the evaluation split."""
     model.to(device)
     dataset = examples(conf, corpus, conf.eval.split, model, features, prompt=corpus.prompt, answer=False)
-    scored = corpus.readers[conf.eval.split].all_examples()
+    scored = list(corpus.readers[conf.eval.split].all_examples())
     if conf.eval.limit:
         scored = scored[: conf.eval.limit]
     loader = eval_loader(dataset, batch=conf.eval.batch, limit=conf.eval.limit, workers=conf.hardware.workers)

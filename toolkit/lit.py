@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -85,24 +86,18 @@ def rate_factor(stage: StageConf, steps: int) -> Callable[[int], float]:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`."""
-
-    def move(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return value.to(device, non_blocking=True)
-        if isinstance(value, (tuple, list)):
-            return type(value)(move(v) for v in value)
-        return value
-
     features = batch.features
     if features is not None:
-        features = ImageFeatures(move(features.patches), move(features.extra), features.grid)
-    return Batch(
-        ids=move(batch.ids),
-        labels=move(batch.labels),
-        lengths=move(batch.lengths),
-        image_start=move(batch.image_start),
-        weight=move(batch.weight),
-        keys=batch.keys,
-        pixels=move(batch.pixels),
-        features=features,
-    )
+        features = ImageFeatures(move(features.patches, device), move(features.extra, device), features.grid)
+    moved = {
+        name: move(getattr(batch, name), device)
+        for name in ("ids", "labels", "lengths", "image_start", "weight", "pixels")
+    }
+    return replace(batch, **moved, features=features)
+
+
+def move(value: Any, device: torch.device) -> Any:
+    """A tensor or nested tuples of tensors on `device`; None stays None."""
+    if isinstance(value, tuple):
+        return tuple(move(v, device) for v in value)
+    return value if value is None else value.to(device, non_blocking=True)

@@ -21,6 +21,10 @@ class VisualRWKV(nn.Module):
     samples zero vectors for an image; here padding is on the right and text-only samples have no image.
     """
 
+    # Modules that keep contracts.Encoder and contracts.Projector; a protocol cannot say "and a Module".
+    encoder: Any
+    proj: Any
+
     def __init__(
         self,
         encoder: Encoder,
@@ -39,13 +43,14 @@ class VisualRWKV(nn.Module):
     def n_image(self) -> int:
         """Positions that an image takes in the sequence: patches, then extra vectors."""
         height, width = self.proj.grid
-        return height * width + self.encoder.n_extra
+        return int(height * width + self.encoder.n_extra)
 
     def encode(self, pixels: Any) -> ImageFeatures:
         """What the encoder's transform made, stacked -> features; no graph while the encoder is frozen."""
         learns = torch.is_grad_enabled() and any(p.requires_grad for p in self.encoder.parameters())
         with torch.set_grad_enabled(learns):
-            return self.encoder.forward(pixels)
+            features: ImageFeatures = self.encoder(pixels)
+            return features
 
     def train(self, mode: bool = True) -> VisualRWKV:
         """As nn.Module's, but a frozen encoder stays in eval mode (dropout off, batch norm fixed)."""
@@ -71,13 +76,15 @@ class VisualRWKV(nn.Module):
 
     def hidden(self, batch: Batch) -> tuple[Tensor, State]:
         """Normalised hidden states [B, T, D] and the state at each sample's own end."""
-        return self.rwkv(
+        x, state = self.rwkv(
             self.embed(batch), scan=self.scan, image_start=batch.image_start, lengths=batch.lengths
         )
+        return x, state
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits at every position, [B, T, V]: for tests and analysis; training uses `forward`."""
-        return self.rwkv.head(self.hidden(batch)[0])
+        logits: Tensor = self.rwkv.head(self.hidden(batch)[0])
+        return logits
 
     def forward(self, batch: Batch, *, l2: str = "none") -> Answers:
         """Logits where a label follows (position t predicts label t + 1), for `loss.lm_loss`.

@@ -29,7 +29,7 @@ class Permute(torch.autograd.Function):
         return x.index_select(0, index)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         index, inverse = ctx.saved_tensors
         return Permute.apply(grad, inverse, index), None, None
 
@@ -160,7 +160,8 @@ class LanguageModel(nn.Module):
         if which is None:
             return x, stream
         index, inverse = moves[which]
-        x, stream = (
-            t if t is None else Permute.apply(t.flatten(0, 1), index, inverse).view(t.shape) for t in (x, stream)
-        )
-        return x, stream
+
+        def moved(t: Tensor) -> Tensor:
+            return Permute.apply(t.flatten(0, 1), index, inverse).view(t.shape)
+
+        return moved(x), None if stream is None else moved(stream)
