@@ -125,10 +125,14 @@ def _enumerable(given: Given) -> None:
     kind = given.override.value_type
     if kind == ValueType.GLOB_CHOICE_SWEEP:
         fix = f"list the names: {given.key}=first,second"
-        raise fail(given.place, given.key, "glob() finds nothing in sub-folders and would run no job", fix=fix)
+        raise fail(
+            given.place, given.key, "glob() finds nothing in sub-folders and would run no job", fix=fix
+        )
     if isinstance(given.override.value(), IntervalSweep):
         fix = f"list the values: {given.key}=1e-4,1e-3"
-        raise fail(given.place, given.key, f"{given.text!r} is an interval, which needs another sweeper", fix=fix)
+        raise fail(
+            given.place, given.key, f"{given.text!r} is an interval, which needs another sweeper", fix=fix
+        )
 
 
 def _table_rows(plan: Plan, hydra: Sequence[Given]) -> list[Given]:
@@ -147,7 +151,12 @@ def _table_rows(plan: Plan, hydra: Sequence[Given]) -> list[Given]:
 def _text(node: Marked) -> str:
     value = node.plain()
     if isinstance(value, list):
-        raise fail(node.place, "hydra.sweeper.params", f"takes text, given {value!r}", fix=f'write "{",".join(map(str, value))}"')
+        raise fail(
+            node.place,
+            "hydra.sweeper.params",
+            f"takes text, given {value!r}",
+            fix=f'write "{",".join(map(str, value))}"',
+        )
     return "null" if value is None else str(value)
 
 
@@ -189,7 +198,9 @@ def compose(job: Job, *, complete: bool = True) -> dict[str, Any]:
     """The resolved config of one job as plain values. complete: required settings must be given."""
     with mounted() as hydra:
         try:
-            cfg = hydra.compose_config("run", job.overrides, run_mode=RunMode.RUN, with_log_configuration=False)
+            cfg = hydra.compose_config(
+                "run", job.overrides, run_mode=RunMode.RUN, with_log_configuration=False
+            )
         except (HydraException, OmegaConfBaseException) as error:
             raise _translated(error, job.plan) from error
     return finish(cfg, job.plan, complete=complete)
@@ -199,14 +210,13 @@ def finish(cfg: DictConfig, plan: Plan, *, complete: bool = True) -> dict[str, A
     """A composed config -> plain values, after the checks that need all of it."""
     task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     keys = sorted(OmegaConf.missing_keys(task))
-    values = OmegaConf.to_container(task, resolve=True, throw_on_missing=False)
-    assert isinstance(values, dict)
+    values: Any = OmegaConf.to_container(task, resolve=True, throw_on_missing=False)
     problems = rules.check(values, plan)
     if complete:
         problems = [*rules.missing(values, keys, plan), *problems]
     if problems:
         raise BadRecipe(problems)
-    return {str(key): value for key, value in values.items()}
+    return dict(values)
 
 
 def _translated(error: Exception, plan: Plan) -> BadRecipe:

@@ -59,7 +59,9 @@ def closest(word: str, known: Iterable[str]) -> list[str]:
     scored = []
     enough = 0.5 if len(word) <= 3 else 0.6
     for candidate in dict.fromkeys(known):
-        score = max(_ratio(word, candidate), 0.98 * _ratio(word, candidate.rsplit("/", 1)[-1].rsplit(".", 1)[-1]))
+        score = max(
+            _ratio(word, candidate), 0.98 * _ratio(word, candidate.rsplit("/", 1)[-1].rsplit(".", 1)[-1])
+        )
         if score >= enough:
             scored.append((-score, candidate))
     return [candidate for _, candidate in sorted(scored)[:3]]

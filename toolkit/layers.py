@@ -108,7 +108,9 @@ def parse(texts: Sequence[str], place: str = COMMAND_LINE) -> list[Given]:
             override = parser.parse_override(text)
         except HydraException as error:
             reason = str(error).splitlines()[0]
-            raise fail(place, key, f"cannot read {text!r}: {reason}", fix=f"quote the value: {key}='\"...\"'") from error
+            raise fail(
+                place, key, f"cannot read {text!r}: {reason}", fix=f"quote the value: {key}='\"...\"'"
+            ) from error
         found.append(Given(override, place))
     return found
 
@@ -146,7 +148,9 @@ def _layer(given: Given) -> Layer:
 def _root_choices() -> dict[str, Choice]:
     """The options that `conf/run.yaml` chooses."""
     entries = load(recipes.CONF / "run.yaml").value["defaults"].value
-    pairs = [(key, item) for entry in entries if isinstance(entry.value, dict) for key, item in entry.value.items()]
+    pairs = [
+        (key, item) for entry in entries if isinstance(entry.value, dict) for key, item in entry.value.items()
+    ]
     return {key: Choice(str(item.value), item.place) for key, item in pairs if key in GROUPS}
 
 
@@ -158,14 +162,21 @@ def _chosen(given: Given) -> Choice:
     if given.override.is_add() or given.override.is_force_add() or given.override.package:
         raise fail(given.place, key, f"given as {given.text!r}", fix=f"write {key}={value}")
     if value is None or isinstance(value, (list, dict)):
-        raise fail(given.place, key, f"takes one name, given {value!r}", fix=f"see `python -m toolkit.listing {key}`")
+        raise fail(
+            given.place, key, f"takes one name, given {value!r}", fix=f"see `python -m toolkit.listing {key}`"
+        )
     return Choice(str(value), given.place)
 
 
 def _chain(group: str, name: str, place: str, fix: str, above: tuple[str, ...]) -> Iterator[_Source]:
     """A file's bases, weakest first, then the file."""
     if name in above:
-        raise fail(place, "defaults", f"{group} {name!r} includes itself: {' > '.join((*above, name))}", fix="remove it")
+        raise fail(
+            place,
+            "defaults",
+            f"{group} {name!r} includes itself: {' > '.join((*above, name))}",
+            fix="remove it",
+        )
     path = _file(group, name, place, fix)
     source = _read(group, path)
     for base, at in source.includes:
@@ -179,7 +190,13 @@ def _file(group: str, name: str, place: str, fix: str) -> Path:
         if path.is_file():
             return path
         known = scales()
-        raise fail(place, "scale", f"no scale {name!r}", matches=closest(name, known), fix=f"one of {', '.join(known)}")
+        raise fail(
+            place,
+            "scale",
+            f"no scale {name!r}",
+            matches=closest(name, known),
+            fix=f"one of {', '.join(known)}",
+        )
     other = unknown_option("recipe", Choice(name, place), known=recipes.names())
     if other is not None and "=" in "".join(other.matches):
         raise BadRecipe([other])
@@ -195,7 +212,12 @@ def _read(group: str, path: Path) -> _Source:
     node = load(path)
     defaults = node.value.get("defaults", Marked([], node.place))
     if not isinstance(defaults.value, list):
-        raise fail(defaults.place, "defaults", "takes a list", fix=f"write `- /{group}/...` or `- override /scan: 2d` lines")
+        raise fail(
+            defaults.place,
+            "defaults",
+            "takes a list",
+            fix=f"write `- /{group}/...` or `- override /scan: 2d` lines",
+        )
     includes: list[tuple[str, str]] = []
     choices: dict[str, Choice] = {}
     for entry in defaults.value:
@@ -203,7 +225,9 @@ def _read(group: str, path: Path) -> _Source:
             kind, choice = _choose(group, entry)
             choices[kind] = choice
         elif choices:
-            raise fail(entry.place, "defaults", f"{entry.value!r} stands after an override", fix="put it first")
+            raise fail(
+                entry.place, "defaults", f"{entry.value!r} stands after an override", fix="put it first"
+            )
         else:
             includes.append((_include(group, entry), entry.place))
     values = Marked({key: item for key, item in node.value.items() if key != "defaults"}, node.place)
@@ -214,11 +238,18 @@ def _include(group: str, entry: Marked) -> str:
     """`/recipe/ablation/base` -> `ablation/base`."""
     text = str(entry.value)
     if text == "_self_":
-        raise fail(entry.place, "defaults", "`_self_` is not needed: a file's own values come last", fix="remove the line")
+        raise fail(
+            entry.place,
+            "defaults",
+            "`_self_` is not needed: a file's own values come last",
+            fix="remove the line",
+        )
     prefix = f"/{group}/"
     if not text.startswith(prefix):
         known = recipes.names() if group == "recipe" else scales()
-        near = [prefix + name for name in closest(re.sub(r"^[./]+", "", text).removeprefix(f"{group}/"), known)]
+        near = [
+            prefix + name for name in closest(re.sub(r"^[./]+", "", text).removeprefix(f"{group}/"), known)
+        ]
         raise fail(
             entry.place,
             "defaults",
@@ -242,7 +273,12 @@ def _choose(group: str, entry: Marked) -> tuple[str, Choice]:
         fix = hint or f"kinds are {', '.join(allowed)}"
         raise fail(entry.place, "defaults", f"no group {kind!r} to choose from", matches=near, fix=fix)
     if text != f"override /{kind}":
-        raise fail(entry.place, "defaults", f"{text!r} chooses nothing", fix=f"write `- override /{kind}: {item.value}`")
+        raise fail(
+            entry.place,
+            "defaults",
+            f"{text!r} chooses nothing",
+            fix=f"write `- override /{kind}: {item.value}`",
+        )
     if item.value is None or isinstance(item.value, (list, dict)):
         raise fail(entry.place, kind, "takes one name", fix=f"write `- override /{kind}: NAME`")
     return kind, Choice(str(item.value), item.place)
@@ -266,7 +302,9 @@ def unknown_option(kind: str, choice: Choice, known: Iterable[str] | None = None
     best = elsewhere[0] if elsewhere else form.format(kind, near[0] if near else "NAME")
     fix = f"{'' if on_line else 'write '}{best}"
     if not matches:
-        fix = "choose one of these, or import the plug-in that has it: plugins=[its_module] on the command line"
+        fix = (
+            "choose one of these, or import the plug-in that has it: plugins=[its_module] on the command line"
+        )
     shown = ", ".join(sorted(options)[:8])
     return Problem(choice.place, kind, f"no {kind} named {choice.option!r}; known: {shown}", matches, fix)
 

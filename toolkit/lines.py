@@ -52,12 +52,19 @@ def load(path: Path) -> Marked:
         if node is None:
             return Marked({}, f"{shown(path)}:1")
         if not isinstance(node, yaml.MappingNode):
-            raise fail(f"{shown(path)}:1", "", "a recipe is a mapping of keys to values", fix="write `key: value` lines")
+            raise fail(
+                f"{shown(path)}:1",
+                "",
+                "a recipe is a mapping of keys to values",
+                fix="write `key: value` lines",
+            )
         return _marked(loader, node, shown(path))
     except yaml.MarkedYAMLError as error:
         at = error.problem_mark or error.context_mark
         line = at.line + 1 if at else 1
-        raise fail(f"{shown(path)}:{line}", "", f"not valid YAML: {error.problem}", fix=_syntax_hint(path, line)) from error
+        raise fail(
+            f"{shown(path)}:{line}", "", f"not valid YAML: {error.problem}", fix=_syntax_hint(path, line)
+        ) from error
     finally:
         loader.dispose()
 
@@ -83,7 +90,9 @@ def _marked(loader: Any, node: yaml.Node, file: str) -> Marked:
         key, line = str(key_node.value), key_node.start_mark.line + 1
         if key in out:
             before = out[key].place.rsplit(":", 1)[1]
-            raise fail(f"{file}:{line}", key, f"given twice, first in line {before}", fix="remove one of the two")
+            raise fail(
+                f"{file}:{line}", key, f"given twice, first in line {before}", fix="remove one of the two"
+            )
         item = _marked(loader, value_node, file)
         out[key] = Marked(item.value, f"{file}:{line}")
     return Marked(out, place)

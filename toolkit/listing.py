@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from toolkit import recipes, register
-from toolkit.check import type_text
 from toolkit.explain import closest, fail, guarded
 from toolkit.layers import scales
 from toolkit.lines import shown
 from toolkit.register import Component, Parameter
+from toolkit.values import type_text
 
 KINDS = (*register.KINDS, "recipe", "scale")
 
@@ -38,13 +38,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m toolkit.listing", description=__doc__)
     parser.add_argument("kind", nargs="?", help=", ".join(KINDS))
-    parser.add_argument("--plot", metavar="DIR", type=Path, help="with `scan`: draw each scan into this folder")
+    parser.add_argument(
+        "--plot", metavar="DIR", type=Path, help="with `scan`: draw each scan into this folder"
+    )
     parser.add_argument("--grid", default="4x4", metavar="HxW", help="grid of the drawings (default 4x4)")
     parser.add_argument("--layers", type=int, default=4, help="layers of the drawings (default 4)")
     parser.add_argument("--plugins", default="", metavar="A,B", help="modules to import first")
     args = parser.parse_args(words)
     if args.kind and args.kind not in KINDS:
-        raise fail("command line", "kind", f"no kind {args.kind!r}; kinds: {', '.join(KINDS)}", matches=closest(args.kind, KINDS))
+        raise fail(
+            "command line",
+            "kind",
+            f"no kind {args.kind!r}; kinds: {', '.join(KINDS)}",
+            matches=closest(args.kind, KINDS),
+        )
     try:
         register.discover([name for name in args.plugins.split(",") if name])
     except register.PluginError as error:
@@ -125,7 +132,9 @@ def _plot(folder: Path, grid: str, layers: int, kind: str | None) -> int:
         except ValueError as error:
             print(f"{name}: left out: {error}")
             continue
-        print(draw(name, [[int(i) for i in row] for row in table], height, width, folder / f"scan_{name}.png"))
+        print(
+            draw(name, [[int(i) for i in row] for row in table], height, width, folder / f"scan_{name}.png")
+        )
     return 0
 
 

@@ -48,7 +48,9 @@ def path_of(name: str, *, place: str, fix: str) -> Path:
     if len(files) == 1:
         return files[0]
     if files:
-        raise fail(place, "recipe", f"{name!r} stands in two folders: {files[0]} and {files[1]}", fix="rename one")
+        raise fail(
+            place, "recipe", f"{name!r} stands in two folders: {files[0]} and {files[1]}", fix="rename one"
+        )
     near = closest(name, found)
     raise fail(
         place,

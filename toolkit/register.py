@@ -165,7 +165,9 @@ def _recipe_parameters(kind: str, name: str, factory: Callable[..., Any]) -> dic
     """The keyword-only parameters of a factory; raises TypeError where the contract is broken."""
     signature = inspect.signature(factory)
     wired = tuple(
-        p.name for p in signature.parameters.values() if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        p.name
+        for p in signature.parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     )
     where = f"{kind} {name!r} ({_place(factory)})"
     if wired != WIRED[kind]:
@@ -210,14 +212,18 @@ def _add(kind: str, name: str, factory: F) -> F:
     where = _place(factory)
     summary = _first_sentence(factory)
     if not summary:
-        raise TypeError(f"{kind} {name!r} ({where}): the first docstring sentence is required, it is the listing's text")
+        raise TypeError(
+            f"{kind} {name!r} ({where}): the first docstring sentence is required, it is the listing's text"
+        )
     parameters = _recipe_parameters(kind, name, factory)
     taken = _TABLE[kind].get(name)
     file, line = where.rsplit(":", 1)
     # The same function loaded again (a reload, a plug-in imported under two names) replaces itself.
     again = taken is not None and (taken.file, _qualname(taken.factory)) == (file, _qualname(factory))
     if taken is not None and not again:
-        raise KeyError(f"{kind} {name!r} is registered twice: {taken.file}:{taken.line} and {where}; rename one")
+        raise KeyError(
+            f"{kind} {name!r} is registered twice: {taken.file}:{taken.line} and {where}; rename one"
+        )
     _TABLE[kind][name] = Component(kind, name, factory, parameters, summary, file, int(line))
     _store(kind, name, parameters)
     return factory
@@ -325,7 +331,7 @@ def _check_beside_toolkit(package: str) -> None:
     found = spec and (spec.origin or next(iter(spec.submodule_search_locations or ()), None))
     if not found or home / package not in (Path(found).resolve(), *Path(found).resolve().parents):
         raise ImportError(
-            f"'{package}' would be imported from {found or 'nowhere'}, but the toolkit needs {home / package}; "
+            f"'{package}' would be imported from {found or 'nowhere'}, the toolkit needs {home / package}; "
             f"rename yours, run from another folder, or install the toolkit into an environment of its own"
         )
 
@@ -335,7 +341,9 @@ def _load_plugin(name: str, load: Callable[[], Any]) -> None:
         load()
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == name.split(".")[0]:
-            raise PluginError(name, f"no module {error.name!r} on the import path (working directory included)") from error
+            raise PluginError(
+                name, f"no module {error.name!r} on the import path (working directory included)"
+            ) from error
         last = traceback.format_exception_only(error)[-1].strip()
         frame = traceback.extract_tb(error.__traceback__)[-1]
         raise PluginError(name, f"{frame.filename}:{frame.lineno}: {last}") from error

@@ -14,11 +14,10 @@ PARTS = ("encoder", "proj", "rwkv")
 """First components of parameter names: what `stages.*.train` and `freeze` may begin with."""
 
 
-
 def check(cfg: Config, plan: Plan) -> list[Problem]:
     """Every pair of settings that cannot go together. cfg: the composed config as plain values."""
-    found = [Problem(where(plan, key), key, *rest) for rule in _RULES for key, *rest in rule(cfg)]
-    return [Problem(p.place, p.key, p.what, p.matches, p.fix) for p in found]
+    found = [entry for rule in _RULES for entry in rule(cfg)]
+    return [Problem(where(plan, key), key, what, matches, fix) for key, what, matches, fix in found]
 
 
 def where(plan: Plan, key: str) -> str:
@@ -42,7 +41,12 @@ def _heads(cfg: Config) -> Found:
     if size and width % size:
         good = max(n for n in range(1, size + 1) if width % n == 0)
         what = f"{size} does not divide model.d_model={width}"
-        yield "recurrence.head_size", what, (), f"recurrence.head_size={good}, or model.d_model={width // size * size or size}"
+        yield (
+            "recurrence.head_size",
+            what,
+            (),
+            f"recurrence.head_size={good}, or model.d_model={width // size * size or size}",
+        )
 
 
 def _grid(cfg: Config) -> Found:
@@ -67,15 +71,27 @@ def _context(cfg: Config) -> Found:
 
 def _stages(cfg: Config) -> Found:
     if not cfg["stages"]:
-        yield "stages", "a run needs at least one training stage", (), "set stages.tune.train and stages.tune.steps"
+        yield (
+            "stages",
+            "a run needs at least one training stage",
+            (),
+            "set stages.tune.train and stages.tune.steps",
+        )
     for name, stage in cfg["stages"].items():
         head = f"stages.{name}"
         yield from _prefixes(stage, head)
         if stage["prompt"] and stage["prompt"] not in components("prompt"):
             known = components("prompt")
             near = tuple(closest(stage["prompt"], known))
-            fix = f"{head}.prompt={near[0] if near else next(iter(known))}, or leave it empty for the recipe's"
-            yield f"{head}.prompt", f"no prompt named {stage['prompt']!r}; known: {', '.join(sorted(known))}", near, fix
+            fix = (
+                f"{head}.prompt={near[0] if near else next(iter(known))}, or leave it empty for the recipe's"
+            )
+            yield (
+                f"{head}.prompt",
+                f"no prompt named {stage['prompt']!r}; known: {', '.join(sorted(known))}",
+                near,
+                fix,
+            )
         if not stage["steps"] and not stage["epochs"]:
             yield f"{head}.steps", "steps and epochs are both 0", (), f"{head}.steps=1000 or {head}.epochs=1"
         if stage["lr_final"] > stage["lr"]:
@@ -105,7 +121,11 @@ def _batches(cfg: Config) -> Found:
         if stage["global_batch"] % share:
             parts = f"hardware.devices x nodes = {ranks}" + (f" x micro_batch = {micro}" if micro else "")
             key = "hardware.micro_batch" if micro else "hardware.devices"
-            good = max(n for n in range(1, share + 1) if (stage["global_batch"] % n == 0 and n % ranks == 0) or n == 1)
+            good = max(
+                n
+                for n in range(1, share + 1)
+                if (stage["global_batch"] % n == 0 and n % ranks == 0) or n == 1
+            )
             fix = f"stages.{name}.global_batch={share * max(1, stage['global_batch'] // share)}"
             if micro and good >= ranks:
                 fix = f"hardware.micro_batch={good // ranks}, or {fix}"
@@ -119,10 +139,26 @@ def missing(cfg: Config, keys: list[str], plan: Plan) -> list[Problem]:
     """The required settings that nobody gave, as one problem each, with what to write."""
     problems = []
     for key in sorted(keys):
-        kind, _, name = key.partition(".")
+        kind = key.partition(".")[0]
         what = "required, and not given"
         if kind in KINDS:
             what += f" ({kind} {cfg[kind]['name']!r} needs it)"
-        fix = f"{key}={'PATH' if name else 'VALUE'} on the command line, or in a recipe"
-        problems.append(Problem(plan.choices[kind].place if kind in plan.choices else where(plan, key), key, what, (), fix))
+        problems.append(_missing(key, what, plan))
+    for reader, split in _splits(cfg):
+        if cfg["data"].get(split) == "" and f"data.{split}" not in keys:
+            problems.append(_missing(f"data.{split}", f"not given, but {reader}={split} reads it", plan))
     return problems
+
+
+def _missing(key: str, what: str, plan: Plan) -> Problem:
+    kind, _, name = key.partition(".")
+    place = plan.choices[kind].place if kind in plan.choices else where(plan, key)
+    fix = f"{key}={'PATH' if name else 'VALUE'} on the command line, or in a recipe"
+    return Problem(place, key, what, (), fix)
+
+
+def _splits(cfg: Config) -> Iterator[tuple[str, str]]:
+    """Which setting reads which split of the data."""
+    for name, stage in cfg["stages"].items():
+        yield f"stages.{name}.split", stage["split"]
+    yield "eval.split", cfg["eval"]["split"]

@@ -132,7 +132,9 @@ def sizes(facts: dict[str, Any]) -> str:
     for stage, count in facts["trainable"].items():
         lines.append(f"  {stage:<10}{count:>16,} learn ({count / max(1, parts['total']):.1%})")
     if facts.get("per_vocabulary_entry"):
-        lines.append(f"  {'vocabulary':<10}{facts['per_vocabulary_entry']:>16,} more for each word of the data set")
+        lines.append(
+            f"  {'vocabulary':<10}{facts['per_vocabulary_entry']:>16,} more for each word of the data set"
+        )
     return "\n".join(lines)
 
 
@@ -178,7 +180,10 @@ def _sweep(request: Request) -> int:
         if outcome.status.name == "FAILED":
             failures.append((job, outcome._return_value))
     done = len(request.jobs) - len(failures)
-    print(f"{done} of {len(request.jobs)} rows done" + (f", {len(failures)} failed:" if failures else ""), file=sys.stderr)
+    print(
+        f"{done} of {len(request.jobs)} rows done" + (f", {len(failures)} failed:" if failures else ""),
+        file=sys.stderr,
+    )
     for job, error in failures:
         print(f"  {' '.join(job.overrides)}: {told(error)}", file=sys.stderr)
         if os.environ.get("TOOLKIT_TRACE") == "1":
@@ -195,7 +200,9 @@ def _launch(request: Request) -> Sequence[Any]:
     from toolkit.run import run_row as task
 
     with compose.mounted() as hydra:
-        cfg = hydra.compose_config("run", request.fixed, run_mode=RunMode.MULTIRUN, with_log_configuration=False)
+        cfg = hydra.compose_config(
+            "run", request.fixed, run_mode=RunMode.MULTIRUN, with_log_configuration=False
+        )
         from hydra._internal.callbacks import Callbacks
 
         context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(cfg))
@@ -210,7 +217,7 @@ def _refuse_respawn(job: Job, cfg: dict[str, Any]) -> None:
         from toolkit.rules import where
 
         what = f"{hardware['devices']} devices on {hardware['nodes']} nodes inside a sweep"
-        fix = "start the sweep with torchrun, run the rows one by one, or use a launcher with one task per device"
+        fix = "start the sweep with torchrun, run the rows one by one, or launch one task per device"
         raise BadRecipe([Problem(where(job.plan, "hardware.devices"), "hardware.devices", what, (), fix)])
 
 

@@ -27,7 +27,9 @@ class LossConf:
     """Loss of one step."""
 
     reduction: Annotated[str, Choices("sample", "batch")] = "sample"  # mean per sample, or per answer token
-    l2: Annotated[str, Choices("none", "answers", "all")] = "answers"  # where the L2 term on the largest logit acts
+    l2: Annotated[str, Choices("none", "answers", "all")] = (
+        "answers"  # where the L2 term on the largest logit acts
+    )
 
 
 @dataclass
