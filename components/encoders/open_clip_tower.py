@@ -13,7 +13,7 @@ from components.encoders.pixels import ImageTransform
 from components.encoders.towers import TowerEncoder, unknown_model
 from components.encoders.weights import load_strict, needs_file, read_state, require
 
-NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 0}
+NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
 """A text tower of next to nothing: open_clip's constructor builds one, and it is thrown away."""
 
 PREFIX = "visual."
@@ -29,10 +29,12 @@ def open_clip_tower(name: str, *, layer: int, class_token: bool, weights: str) -
     if name not in open_clip.list_models():
         raise unknown_model(name, open_clip.list_models(), "open_clip")
     require(weights)
-    tower = _create(open_clip.get_model_config(name))
+    config = open_clip.get_model_config(name)
+    tower = _create(config)
     if class_token and not _has_class_token(tower):
         raise ValueError(f"encoder.class_token: open_clip's '{name}' has no class token; set it to false")
     if needs_file(weights):
+        _warn_of_activation(name, config)
         load_strict(tower, _vision_part(read_state(weights)), source=weights)
     index = layer
     if hasattr(tower, "prune_intermediate_layers"):
@@ -67,6 +69,18 @@ def _create(config: dict[str, Any]) -> Any:
         quick_gelu=config.get("quick_gelu", False),
     )
     return clip.visual
+
+
+def _warn_of_activation(name: str, config: dict[str, Any]) -> None:
+    """Says so if all published weights of this model want the other GELU: they load, and see badly."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    quick = [open_clip.get_pretrained_cfg(name, tag).get("quick_gelu", False) for tag in tags]
+    if quick and all(quick) and not config.get("quick_gelu", False):
+        logging.getLogger(__name__).warning(
+            "encoder.model: published weights of '%s' were trained with QuickGELU; use '%s-quickgelu'",
+            name,
+            name,
+        )
 
 
 def _has_class_token(tower: nn.Module) -> bool:
