@@ -141,7 +141,7 @@ def _run(
 
 
 def _valid(lengths: Tensor | None, x: Tensor) -> Tensor | None:
-    """lengths [B] -> True where a sample has a token [B, T]; None if nothing is padded (read on CPUs only)."""
+    """lengths [B] -> True where a sample has a token [B, T]; None if nothing is padded (read on CPUs)."""
     if lengths is None or (not lengths.is_cuda and bool((lengths == x.shape[1]).all())):
         return None
     return torch.arange(x.shape[1], device=x.device) < lengths.unsqueeze(1)

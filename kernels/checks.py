@@ -13,7 +13,7 @@ _debug = os.environ.get("TOOLKIT_DEBUG", "") == "1"
 
 
 def debug(on: bool) -> None:
-    """Turns the checks that read values on or off (log_w > 0, lengths on a GPU). Off unless TOOLKIT_DEBUG=1."""
+    """Turns on or off what reads values (log_w > 0, lengths on a GPU). Off unless TOOLKIT_DEBUG=1."""
     global _debug
     _debug = on
 
@@ -26,7 +26,7 @@ def check_sequence(op: str, names: Sequence[str], tensors: Sequence[Tensor], axe
             raise ValueError(f"{op}: {name} has shape {list(x.shape)}; expected [{', '.join(axes)}]")
         if x.shape != first.shape:
             raise ValueError(
-                f"{op}: {name} has shape {list(x.shape)} but {names[0]} has {list(first.shape)}; make them equal"
+                f"{op}: {name} has shape {list(x.shape)} but {names[0]} has {list(first.shape)}"
             )
         if x.dtype not in _FLOATS:
             raise ValueError(f"{op}: {name} is {_name(x.dtype)}; use bfloat16, float16, float32 or float64")
@@ -36,7 +36,7 @@ def check_sequence(op: str, names: Sequence[str], tensors: Sequence[Tensor], axe
             )
         check_device(op, name, x, first)
     if first.shape[1] == 0:
-        raise ValueError(f"{op}: {names[0]} has no time step (shape {list(first.shape)}); T must be 1 or more")
+        raise ValueError(f"{op}: {names[0]} has shape {list(first.shape)}: no time step; T must be 1 or more")
 
 
 def check_weight(op: str, name: str, x: Tensor, shape: Sequence[int], axes: str, like: Tensor) -> None:
@@ -78,7 +78,8 @@ def check_lengths(op: str, lengths: Tensor | None, like: Tensor) -> None:
     batch, time = like.shape[:2]
     if lengths.dtype != torch.int64 or list(lengths.shape) != [batch]:
         raise ValueError(
-            f"{op}: lengths is {_name(lengths.dtype)} with shape {list(lengths.shape)}; expected int64 [{batch}]"
+            f"{op}: lengths is {_name(lengths.dtype)} of shape {list(lengths.shape)}; "
+            f"expected int64 [{batch}]"
         )
     check_device(op, "lengths", lengths, like)
     if (_debug or not lengths.is_cuda) and bool(((lengths < 0) | (lengths > time)).any()):

@@ -39,7 +39,7 @@ def wkv6(
     live = None if valid is None else valid[..., None, None]  # [B, T, 1, 1]
     if live is not None:
         r, k, v, log_w = (torch.where(live, x, 0.0) for x in (r, k, v, log_w))
-    if r.shape[1] == 1:
+    if r.shape[1] == 1 and not torch.is_grad_enabled():
         return _step(r, k, v, log_w, u, state)
     return _Chunked.apply(r, k, v, log_w, u, state, *_plan(log_w))
 
@@ -47,7 +47,7 @@ def wkv6(
 def _step(
     r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """One token (T = 1), as in decoding."""
+    """One token (T = 1), as in decoding; only without gradients."""
     rt, kt, vt = r[:, 0], k[:, 0], v[:, 0]  # [B, H, N]
     y = (rt * u * kt).sum(-1, keepdim=True) * vt
     kv = kt.unsqueeze(-1) * vt.unsqueeze(-2)  # [B, H, N, N]
@@ -136,14 +136,21 @@ class _Chunked(torch.autograd.Function):
         starts, last = _carry(torch.matmul(tree.k.mT, v), tree.total, state)
         if starts is not None:
             y += torch.matmul(tree.q, starts)
-        ctx.save_for_backward(r, k, v, u, starts, last, *_flat(tree))
+        ctx.save_for_backward(r, k, v, u, starts, *_flat(tree))
         ctx.sizes = (time, len(tree.levels), log_w.shape[0], state is not None)
         return _join(y, time), last
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        r, k, v, u, starts, last, *saved = ctx.saved_tensors
+        device = ctx.saved_tensors[0].device.type
+        with torch.autocast(device, enabled=False):  # a backward pass called inside autocast would round
+            return _Chunked.gradients(ctx, dy, dlast)
+
+    @staticmethod
+    def gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradient of each input, in order."""
+        r, k, v, u, starts, *saved = ctx.saved_tensors
         time, n_levels, decay_batch, has_state = ctx.sizes
         tree = _unflat(saved, n_levels)
         dy = torch.zeros_like(v) if dy is None else _split(dy, v.shape[3])
@@ -204,7 +211,8 @@ def _grow(r: Tensor, k: Tensor, log_w: Tensor, base: int) -> _Tree:
         keys = torch.stack((level.k * level.second, kp[..., 1, :, :]), -3).flatten(-3, -2)
         total = level.first * level.second
         levels.append(level)
-    return _Tree(start, levels, weights.view(*r.shape[:4], chunk), q.squeeze(3), keys.squeeze(3), total.squeeze(3))
+    weights = weights.view(*r.shape[:4], chunk)
+    return _Tree(start, levels, weights, q.squeeze(3), keys.squeeze(3), total.squeeze(3))
 
 
 def _grow_base(r: Tensor, k: Tensor, log_w: Tensor, base: int) -> tuple[_Base, Tensor, Tensor]:
@@ -270,7 +278,7 @@ def _shrink(
     decay_batch: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of r, k and log_w from those of the weights, the chunk factors and log(total decay)."""
-    if tree.levels:
+    if tree.levels or tree.base.q.shape[4] == 1:
         dq, dk, dtotal = (
             (torch.zeros_like(like) if x is None else x).unsqueeze(3)
             for x, like in ((dq, tree.q), (dk, tree.k), (dtotal, tree.q[..., :1, :]))
@@ -340,7 +348,8 @@ def _reduce(x: Tensor, batch: int) -> Tensor:
 
 def _flat(tree: _Tree) -> list[Tensor]:
     """The tensors of a tree in a fixed order, for `save_for_backward`."""
-    return [*tree.base, *(x for level in tree.levels for x in level), tree.weights, tree.q, tree.k, tree.total]
+    levels = (x for level in tree.levels for x in level)
+    return [*tree.base, *levels, tree.weights, tree.q, tree.k, tree.total]
 
 
 def _unflat(saved: list[Tensor], n_levels: int) -> _Tree:
