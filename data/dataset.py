@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -49,6 +49,9 @@ class _Encoded:
     ids: Tensor
     labels: Tensor
     image_start: int
+    length: int
+    labelled: bool
+    tags: int
 
 
 class Examples(Dataset[Sample]):
@@ -57,7 +60,7 @@ class Examples(Dataset[Sample]):
     prompt: turns -> segments. n_image: positions an image takes. ctx_len: longest sequence, image
     included. transform: PIL image -> pixels of one sample; features: a cache that replaces it;
     with neither, only texts are read. answer=False leaves the last gpt turn out of the sequence and
-    returns it as `gold`. keep_mb: transformed pictures are kept in the main process up to this size.
+    returns it as `gold`. keep_mb: transformed pictures are kept in memory up to this size.
 
     overlong: what happens to a sample longer than ctx_len. "refuse": ValueError. "cut": the first
     ctx_len positions if they hold a label; otherwise the sample keeps its slot with weight 0 and is
@@ -112,13 +115,13 @@ class Examples(Dataset[Sample]):
         """item: an example's number, or (number, weight) as the step sampler yields it."""
         j, weight = item if isinstance(item, tuple) else (item, 1.0)
         example = self.reader.example(j)
-        _check_tags(example)
         gold = "" if self.answer else example.gold
-        encoded = self._encoded(example.turns if self.answer else example.turns[:-1])
-        if len(encoded.ids) > self.ctx_len:
+        encoded = self._encoded(example, example.turns if self.answer else example.turns[:-1])
+        if encoded.length > self.ctx_len:
             encoded = self._cut(example, encoded)
-        if self.answer and not bool((encoded.labels != IGNORE).any()):
-            weight = self._without_label(example)
+            weight = weight if encoded.labelled else self._count_left_out()
+        elif self.answer and not encoded.labelled:
+            raise ValueError(f"{example.key}: no position carries a label, so there is nothing to learn")
         pixels = None if encoded.image_start == NO_IMAGE else self._pixels(example)
         return Sample(
             encoded.ids,
@@ -131,20 +134,23 @@ class Examples(Dataset[Sample]):
             gold=gold,
         )
 
-    def _encoded(self, turns: tuple[Turn, ...]) -> _Encoded:
+    def _encoded(self, example: Example, turns: tuple[Turn, ...]) -> _Encoded:
         """Tokens of the turns; kept, because question sets repeat a few texts over many pictures."""
         found = self._texts.get(turns)
         if found is None:
+            tags = _counted_tags(example, turns)
             made = encode_segments(self._prompt(turns), self._tokenizer, self.n_image)
             ids, labels = (torch.tensor(values, dtype=torch.long) for values in (made.ids, made.labels))
-            found = _Encoded(ids, labels, made.image_start)
+            found = _Encoded(ids, labels, made.image_start, len(ids), _has_label(labels), tags)
             if len(self._texts) >= _MAX_KEPT:
                 self._texts.clear()
             self._texts[turns] = found
+        elif found.tags != int(example.has_image):
+            _counted_tags(example, turns)
         return found
 
     def _cut(self, example: Example, encoded: _Encoded) -> _Encoded:
-        n, image_end = len(encoded.ids), encoded.image_start + self.n_image
+        n, image_end = encoded.length, encoded.image_start + self.n_image
         where = f"{example.key}: the sequence has {n:,} positions, model.ctx_len={self.ctx_len}"
         if self._overlong == "refuse" or not self.answer:
             raise ValueError(f"{where}; set model.ctx_len={n} or more, or take the sample out of the data")
@@ -153,12 +159,11 @@ class Examples(Dataset[Sample]):
                 f"{where} would cut its image, which ends at {image_end}; set model.ctx_len={n} or more"
             )
         # Paper: its code keeps the last ctx_len positions where the first hold no label, losing the image.
-        return _Encoded(encoded.ids[: self.ctx_len], encoded.labels[: self.ctx_len], encoded.image_start)
+        ids, labels = encoded.ids[: self.ctx_len], encoded.labels[: self.ctx_len]
+        return replace(encoded, ids=ids, labels=labels, length=self.ctx_len, labelled=_has_label(labels))
 
-    def _without_label(self, example: Example) -> float:
-        """The weight of a sample whose positions carry no label: 0 if cutting removed them all."""
-        if len(self._encoded(example.turns).ids) <= self.ctx_len:
-            raise ValueError(f"{example.key}: no position carries a label, so there is nothing to learn")
+    def _count_left_out(self) -> float:
+        """Counts a sample that a cut left without a label; returns its weight."""
         worker = get_worker_info()
         self._left_out[0 if worker is None else 1 + worker.id % _MAX_WORKERS] += 1
         return 0.0
@@ -170,8 +175,9 @@ class Examples(Dataset[Sample]):
         if found is None:
             data = self.reader.image_bytes(example.record)
             found = self._transform(decode(data or b"", example.key))
-            # Workers decode side by side; a copy of the pictures in each would cost more than it saves.
-            if get_worker_info() is None and self._kept_bytes < self._keep_bytes:
+            worker = get_worker_info()
+            # Every loader worker keeps pictures of its own, so they share the limit.
+            if self._kept_bytes < self._keep_bytes // (1 if worker is None else worker.num_workers):
                 self._kept_bytes += n_bytes(found)
                 self._pictures[example.record] = found
         return found
@@ -182,12 +188,17 @@ def n_bytes(pixels: Any) -> int:
     return int(pixels.nbytes) if isinstance(pixels, Tensor) else sum(n_bytes(part) for part in pixels)
 
 
-def _check_tags(example: Example) -> None:
-    tags = sum(turn.text.count(IMAGE_TAG) for turn in example.turns)
+def _has_label(labels: Tensor) -> bool:
+    return bool((labels != IGNORE).any())
+
+
+def _counted_tags(example: Example, turns: tuple[Turn, ...]) -> int:
+    """The number of image tags, which must be that of the pictures; ValueError naming the example if not."""
+    tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
     if tags != int(example.has_image):
         pictures = "one picture" if example.has_image else "no picture"
         raise ValueError(
-            f"{example.key}: {tags} {IMAGE_TAG} tags in the turns, but {pictures}; a record with a "
-            "picture has "
-            "exactly one tag, a text-only record none"
+            f"{example.key}: {tags} {IMAGE_TAG} tags in the turns, but {pictures}; a record with a picture "
+            "has exactly one tag, a text-only record none"
         )
+    return tags

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from data.batch import collate
 from data.dataset import Examples
-from data.plan import Plan, divided
+from data.plan import Plan, divided, divisors
 from toolkit.contracts import Batch
 
 Slot = tuple[int, float]
@@ -29,8 +29,12 @@ class StepSampler(Sampler[list[Slot]]):
         self, plan: Plan, *, start_step: int, end_step: int, rank: int = 0, world: int = 1, micro: int = 0
     ) -> None:
         share = divided(plan.global_batch, world, what="global_batch", over="ranks")
-        if micro > 0 and share % micro:
-            divided(share, micro, what="samples per rank and step", over="samples per hardware.micro_batch")
+        if micro and share % micro:
+            near = [str(d) for d in divisors(share) if d <= max(micro, 1)][-1:]
+            raise ValueError(
+                f"hardware.micro_batch={micro} does not divide the {share} samples of a rank and step; "
+                f"use {near[0]}, or 0 for all at once"
+            )
         self._plan, self._rank, self._world = plan, rank, world
         self._steps = range(start_step, end_step)
         self._micro = micro or share

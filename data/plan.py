@@ -103,9 +103,13 @@ def divided(total: int, parts: int, *, what: str, over: str) -> int:
     """total / parts; raises ValueError naming the nearest numbers that divide if it is not whole."""
     if parts >= 1 and total % parts == 0:
         return total // parts
-    divisors = [d for d in range(1, total + 1) if total % d == 0]
-    near = [str(d) for d in sorted(sorted(divisors, key=lambda d: abs(d - parts))[:2])]
+    near = [str(d) for d in sorted(sorted(divisors(total), key=lambda d: abs(d - parts))[:2])]
     raise ValueError(
         f"{what}={total} cannot be shared equally over {parts} {over}: "
         f"use {' or '.join(near)} {over}, or another {what}"
     )
+
+
+def divisors(total: int) -> list[int]:
+    """The numbers that divide `total`, ascending."""
+    return [d for d in range(1, total + 1) if total % d == 0]

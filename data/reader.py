@@ -19,7 +19,8 @@ from data.index import IMAGE_KINDS, Index, joined, manifest_hash, parse_index, r
 from data.records import Example, dialogs_of, parse_json
 
 _MAX_OPEN = 64
-_MAX_KEPT = 1024
+_KEPT_JSON = 16 << 20
+"""Bytes of JSON whose records stay parsed; a small question set is parsed once in all."""
 
 
 class DamagedSample(ValueError):
@@ -65,6 +66,7 @@ class ShardReader:
         self._ends = np.cumsum([shard["nsamples"] for shard in shards])
         self._files = _Files(self.folder)
         self._kept: dict[int, tuple[Example, ...]] = {}
+        self._kept_json = 0
         self.manifest_hash = manifest_hash(self.manifest)
 
     def __len__(self) -> int:
@@ -72,7 +74,7 @@ class ShardReader:
         return len(self._index)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": _Files(self.folder), "_kept": {}}
+        return {**self.__dict__, "_files": _Files(self.folder), "_kept": {}, "_kept_json": 0}
 
     def key(self, i: int) -> str:
         return self._index.key(i)
@@ -117,12 +119,13 @@ class ShardReader:
             yield from self._examples_of(i)
 
     def _examples_of(self, i: int) -> tuple[Example, ...]:
-        """Examples of record i; the last few records stay parsed, as neighbours are read together."""
+        """Examples of record i, kept parsed within a memory limit, as its dialogs are read one by one."""
         found = self._kept.get(i)
         if found is None:
             found = self._parsed(i)
-            if len(self._kept) >= _MAX_KEPT:
-                self._kept.clear()
+            self._kept_json += int(self._index.json_size[i])
+            if self._kept_json > _KEPT_JSON:
+                self._kept, self._kept_json = {}, int(self._index.json_size[i])
             self._kept[i] = found
         return found
 

@@ -1,0 +1,34 @@
+"""Floors on made-up examples; those of easy-VQA stand with its source."""
+
+from __future__ import annotations
+
+import pytest
+
+from data.floors import blind, majority
+from data.records import Example
+from toolkit.contracts import Turn
+
+
+def said(*pairs):
+    return [
+        Example(str(i), (Turn("human", f"<image>\n{q}"), Turn("gpt", a)), "", i, True)
+        for i, (q, a) in enumerate(pairs)
+    ]
+
+
+def test_majority_is_the_share_of_the_most_frequent_answer():
+    assert majority(said(("a", "yes"), ("b", "yes"), ("c", "no"), ("d", "red"))) == 0.5
+
+
+def test_blind_learns_the_best_answer_per_question_from_train_only():
+    train = said(("a", "yes"), ("a", "yes"), ("a", "no"), ("b", "no"), ("b", "no"), ("b", "no"))
+    test = said(("a", "yes"), ("a", "no"), ("b", "no"), ("new", "no"))
+    assert blind(train, test) == 0.75
+    assert blind(said(("a", "x"), ("a", "b")), said(("a", "b"))) == 1.0
+
+
+def test_floors_of_nothing_are_errors():
+    with pytest.raises(ValueError, match=r"at least one example"):
+        majority([])
+    with pytest.raises(ValueError, match=r"one train and one test example"):
+        blind([], said(("a", "b")))

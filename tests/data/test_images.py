@@ -1,0 +1,89 @@
+"""Decoding: three formats, nothing hostile."""
+
+from __future__ import annotations
+
+from io import BytesIO
+
+import pytest
+from PIL import Image, ImageFile
+
+from data.images import decode, extension, header
+
+from .helpers import picture
+
+
+@pytest.mark.parametrize(("kind", "ending"), [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")])
+def test_formats_by_their_first_bytes(kind, ending):
+    data = picture(1, kind=kind)
+    assert extension(data) == ending
+    assert header(data, "here") == (8, 6)
+    decoded = decode(data, "here")
+    assert (decoded.mode, decoded.size) == ("RGB", (8, 6))
+
+
+def test_png_pixels_are_exact():
+    data = picture(5)
+    assert decode(data, "x").tobytes() == bytes((5 * 37 + i * 11) % 256 for i in range(8 * 6 * 3))
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBA", "LA", "I;16"])
+def test_other_modes_become_rgb(mode):
+    out = BytesIO()
+    Image.new(mode, (4, 3)).save(out, "PNG")
+    assert decode(out.getvalue(), "x").mode == "RGB"
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "ICO"])
+def test_other_parsers_are_never_reached(kind):
+    with pytest.raises(ValueError, match=r"^key 7: no JPEG, PNG or WebP picture"):
+        decode(picture(1, kind=kind), "key 7")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP"])
+def test_truncated_pictures_are_errors_whatever_the_flag(kind, monkeypatch):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)
+    data = picture(1, kind=kind, size=(200, 200))
+    with pytest.raises(ValueError, match=r"^key 7: the picture"):
+        decode(data[: len(data) // 3], "key 7")
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0" + bytes(40), b"RIFF\0\0\0\0WEBPVP8 "]
+)
+def test_broken_headers_are_errors(data):
+    with pytest.raises(ValueError, match=r"^key 7: "):
+        header(data, "key 7")
+
+
+def bomb(width: int, height: int, mode: str = "1") -> bytes:
+    out = BytesIO()
+    Image.new(mode, (width, height)).save(out, "PNG", optimize=True)
+    return out.getvalue()
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize("size", [(9400, 9400), (15_000, 15_000)])
+def test_bombs_by_pixels_are_refused_from_the_header(size):
+    data = bomb(*size)
+    assert len(data) < 50_000
+    with pytest.raises(ValueError, match=r"^key 7: "):
+        header(data, "key 7")
+
+
+def test_bombs_by_ratio_are_refused():
+    data = bomb(5000, 5000)
+    with pytest.raises(
+        ValueError, match=r"^key 7: [\d,]+ bytes would decode to 75,000,000, more than 2,000 times"
+    ):
+        decode(data, "key 7")
+
+
+def test_the_pixel_limit_is_named():
+    with pytest.raises(ValueError, match=r"8001 x 8001 = 64,016,001 pixels, at most 64,000,000 are decoded"):
+        header(bomb(8001, 8001), "key 7")
+
+
+def test_small_flat_pictures_are_no_bombs():
+    out = BytesIO()
+    Image.new("RGB", (512, 512)).save(out, "WEBP", lossless=True)
+    assert decode(out.getvalue(), "x").size == (512, 512)
