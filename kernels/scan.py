@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import reference
+
 _BLOCK = 16
 _EMPTY = -1e38
 
@@ -24,6 +26,8 @@ def wkv4(
     k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None, valid: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """k, v [B,T,D]; log_w, u [D]; state [B,3,D] or None; valid [B,T] -> y [B,T,D], state [B,3,D]."""
+    if k.shape[1] == 1 and not torch.is_grad_enabled():  # decoding: one step is one step
+        return reference.wkv4(k, v, log_w, u, state, valid)
     if valid is None:
         return _Scan.apply(k, v, log_w, u, state, None)
     live = valid.unsqueeze(-1)  # [B, T, 1]
@@ -43,16 +47,13 @@ class _Scan(torch.autograd.Function):
         time = k.shape[1]
         p = _exponents(k, log_w, state)  # [B, rows, D]
         gap = k - p[:, :time] - log_w
-        small = torch.exp(-gap.abs())
-        fresh = gap > 0
-        enter = torch.where(fresh, 1.0, small)  # e_t [B, T, D]
+        enter = gap.clamp(max=0).exp_()  # e_t [B, T, D]
         lam = torch.zeros_like(p)  # lam[:, t] leads from row t to row t + 1
-        lam[:, :time] = torch.where(fresh, small, 1.0)
+        torch.exp(gap.neg_().clamp_(max=0), out=lam[:, :time])
         s = _states(v, enter, lam, state)  # [2, B, rows, D]
         gap = u + k - p[:, :time]
-        small = torch.exp(-gap.abs())
-        fresh = gap > 0
-        old, new = torch.where(fresh, small, 1.0), torch.where(fresh, 1.0, small)
+        new = gap.clamp(max=0).exp_()
+        old = gap.neg_().clamp_(max=0).exp_()
         den = torch.addcmul(new, old, s[1, :, :time])
         y = torch.addcmul(new * v, old, s[0, :, :time]).div_(den)
         last = torch.stack((_row(s[0], ends, time), _row(s[1], ends, time), _row(p, ends, time)), 1)
