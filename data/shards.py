@@ -72,7 +72,7 @@ def _write_all(records: Iterable[Record], folder: Path, shard_bytes: int) -> Ite
             yield shard.finish()
     finally:
         if shard is not None:
-            shard.tar.close()
+            shard.close()
 
 
 def _checked(meta: Mapping[str, Any], image: bytes | None, where: str) -> tuple[bytes, str, int]:
@@ -103,7 +103,9 @@ class _Shard:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.tar = tarfile.open(path, "w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115 (closed in finish)
+        # tarfile writes in small pieces; the buffer turns them into few system calls.
+        self._file = path.open("wb", buffering=1 << 20)
+        self.tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
         self.keys: list[str] = []
         self.columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
 
@@ -135,9 +137,13 @@ class _Shard:
         self.tar.addfile(info, BytesIO(data))
         return start + _BLOCK
 
+    def close(self) -> None:
+        self.tar.close()
+        self._file.close()
+
     def finish(self) -> dict[str, Any]:
         """Closes the shard, writes its index and returns its manifest entry."""
-        self.tar.close()
+        self.close()
         content = index_bytes(self.keys, self.columns)
         index = self.path.with_suffix(".index")
         index.write_bytes(content)

@@ -6,6 +6,8 @@ import hashlib
 import io
 import json
 import multiprocessing
+import os
+import signal
 import tarfile
 from pathlib import Path
 
@@ -141,6 +143,27 @@ def test_concurrent_conversions_do_the_work_once(tmp_path):
     assert log.read_text() == "x"
     assert len(ShardReader(out)) == 30
     assert not leftover.exists()
+
+
+def _convert_and_die(out: Path) -> None:
+    def records():
+        yield from mixed_records(20)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    converted(out, records, {})
+
+
+def test_a_killed_conversion_leaves_nothing_half_made(tmp_path):
+    out = tmp_path / "cache" / "train"
+    worker = multiprocessing.get_context("fork").Process(target=_convert_and_die, args=(out,))
+    worker.start()
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGKILL
+    assert not out.exists()
+    assert list(out.parent.glob("*.part"))
+    converted(out, lambda: mixed_records(20), {})
+    assert digests(out) == digests(write_shards(mixed_records(20), tmp_path / "other", about={}))
+    assert not list(out.parent.glob("*.part"))
 
 
 @pytest.mark.parametrize(
