@@ -105,7 +105,7 @@ class _Shard:
         self.path = path
         # tarfile writes in small pieces; the buffer turns them into few system calls.
         self._file = path.open("wb", buffering=1 << 20)
-        self.tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)
+        self.tar = tarfile.open(fileobj=self._file, mode="w", format=tarfile.USTAR_FORMAT)  # noqa: SIM115
         self.keys: list[str] = []
         self.columns: dict[str, list[int]] = {name: [] for name in _COLUMNS}
 
