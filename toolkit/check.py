@@ -195,7 +195,7 @@ class _Walker:
             name = item.value.get("name") if isinstance(item.value, dict) else None
             if name is None:
                 fix = f"write `name: ...` and its parameters; see `python -m toolkit.listing {kind}`"
-                yield Problem(item.place, key, f"each item is a {kind} with a name", (), fix)
+                yield Problem(item.place, key, f"each item is one {kind} with a name", (), fix)
             elif (problem := unknown_option(kind, Choice(str(name.value), name.place))) is not None:
                 yield dataclasses.replace(
                     problem, key=f"{key}.name", fix=f"see `python -m toolkit.listing {kind}`"

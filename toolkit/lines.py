@@ -53,7 +53,7 @@ def load(path: Path) -> Marked:
             return Marked({}, f"{shown(path)}:1")
         if not isinstance(node, yaml.MappingNode):
             raise fail(
-                f"{shown(path)}:1",
+                f"{shown(path)}:{node.start_mark.line + 1}",
                 "",
                 "a recipe is a mapping of keys to values",
                 fix="write `key: value` lines",
@@ -79,11 +79,11 @@ def _syntax_hint(path: Path, line: int) -> str:
 
 def _marked(loader: Any, node: yaml.Node, file: str) -> Marked:
     place = f"{file}:{node.start_mark.line + 1}"
+    if node.tag.startswith("tag:yaml.org,2002:python"):
+        raise fail(place, "", f"the tag {node.tag!r} runs Python", fix="a recipe holds plain values only")
     if isinstance(node, yaml.SequenceNode):
         return Marked([_marked(loader, item, file) for item in node.value], place)
     if not isinstance(node, yaml.MappingNode):
-        if node.tag.startswith("tag:yaml.org,2002:python"):
-            raise fail(place, "", f"the tag {node.tag!r} runs Python", fix="a recipe holds plain values only")
         return Marked(loader.construct_object(node, deep=True), place)
     out: dict[str, Marked] = {}
     for key_node, value_node in node.value:

@@ -79,7 +79,7 @@ def _stages(cfg: Config) -> Found:
         )
     for name, stage in cfg["stages"].items():
         head = f"stages.{name}"
-        yield from _prefixes(stage, head)
+        yield from _prefixes(stage, head, cfg["model"]["n_layer"])
         if stage["prompt"] and stage["prompt"] not in components("prompt"):
             known = components("prompt")
             near = tuple(closest(stage["prompt"], known))
@@ -102,15 +102,23 @@ def _stages(cfg: Config) -> Found:
             yield f"{head}.warmup", what, (), f"{head}.warmup={stage['steps'] // 10}"
 
 
-def _prefixes(stage: Config, head: str) -> Found:
+def _prefixes(stage: Config, head: str, n_layer: int) -> Found:
     if not stage["train"]:
         yield f"{head}.train", "nothing learns in this stage", (), f"{head}.train=[proj,rwkv]"
     for key in ("train", "freeze"):
         for prefix in stage[key]:
-            if prefix.split(".")[0] not in PARTS:
+            parts = prefix.split(".")
+            if parts[0] not in PARTS:
                 near = tuple(closest(prefix, [*PARTS, "rwkv.emb", "rwkv.blocks", "rwkv.head"]))
                 what = f"{prefix!r} begins no parameter's name; the parts are {', '.join(PARTS)}"
                 yield f"{head}.{key}", what, near, f"{head}.{key}=[{near[0] if near else 'proj,rwkv'}]"
+            elif (
+                parts[:2] == ["rwkv", "blocks"]
+                and len(parts) > 2
+                and parts[2] not in map(str, range(n_layer))
+            ):
+                what = f"{prefix!r} is none of the layers 0 to {n_layer - 1} (model.n_layer={n_layer})"
+                yield f"{head}.{key}", what, (), f"{head}.{key}=[rwkv.blocks.{n_layer - 1}]"
 
 
 def _batches(cfg: Config) -> Found:

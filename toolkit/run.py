@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(words: list[str]) -> int:
-    args = _parser().parse_args(words)
+    args = _parser().parse_intermixed_args(words)
     if args.help:
         print(usage())
         return 0
@@ -119,7 +119,7 @@ def _check(request: Request) -> int:
             facts = check(cfg)
         except ValueError as error:
             raise fail(job.plan.choices["recipe"].place, "", str(error)) from error
-        print(f"{' '.join(job.overrides) or job.recipe}")
+        print(_row_name(job, request))
         print(sizes(facts))
     return 0
 
@@ -185,10 +185,16 @@ def _sweep(request: Request) -> int:
         file=sys.stderr,
     )
     for job, error in failures:
-        print(f"  {' '.join(job.overrides)}: {told(error)}", file=sys.stderr)
+        print(f"  {_row_name(job, request)}: {told(error)}", file=sys.stderr)
         if os.environ.get("TOOLKIT_TRACE") == "1":
             traceback.print_exception(error)
     return 1 if failures else 0
+
+
+def _row_name(job: Job, request: Request) -> str:
+    """What tells a row from the others: the overrides that change over the sweep."""
+    changing = [text for text in job.overrides if any(text not in other.overrides for other in request.jobs)]
+    return " ".join(changing or job.overrides) or job.recipe
 
 
 def _launch(request: Request) -> Sequence[Any]:
