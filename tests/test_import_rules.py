@@ -12,6 +12,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("toolkit", "components", "kernels", "data")
 FILES = sorted(f for package in PACKAGES for f in (ROOT / package).rglob("*.py"))
 LEAVES = {"toolkit.contracts", "toolkit.register"}
+UNPICKLERS = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 HEAVY = {"torch", "torchvision", "timm", "open_clip", "lightning", "webdataset", "PIL", "numpy", "triton"}
 CATALOGUES = [
     *(ROOT / "components").glob("*/__init__.py"),
@@ -20,7 +21,10 @@ CATALOGUES = [
     ROOT / "components/prompts.py",
     ROOT / "data/sources/__init__.py",
 ]
-BEFORE_TORCH = ["__init__", "contracts", "register", "schema", "recipes", "lines", "explain", "layers", "specs", "values", "check", "rules", "compose", "run", "listing"]
+BEFORE_TORCH = [
+    *("__init__", "contracts", "register", "schema", "recipes", "lines", "explain"),
+    *("layers", "specs", "values", "check", "rules", "compose", "run", "listing"),
+]
 LIGHT = [*CATALOGUES, *(ROOT / f"toolkit/{name}.py" for name in BEFORE_TORCH)]
 
 
@@ -54,20 +58,23 @@ def imported(source: str, *, top_only: bool = False) -> set[str]:
     return found
 
 
-def _errors_only(node: ast.Import | ast.ImportFrom) -> bool:
-    """`from pickle import UnpicklingError`: what torch.load raises on a file that it refuses to run."""
-    return isinstance(node, ast.ImportFrom) and [a.name for a in node.names] == ["UnpicklingError"]
+def _unpickling(node: ast.AST) -> list[str]:
+    """Uses of modules that rebuild objects from bytes; naming the error torch.load raises is none."""
+    if isinstance(node, ast.Import):
+        names = [a.asname or a.name for a in node.names if a.name.split(".")[0] in UNPICKLERS]
+        return [name for name in names if name != "pickle"]
+    if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in UNPICKLERS:
+        return [a.name for a in node.names if a.name != "UnpicklingError"]
+    if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "pickle":
+        return [node.attr] if node.attr != "UnpicklingError" else []
+    return []
 
 
 def forbidden(source: str) -> list[str]:
     """Calls that run text or bytes as code, or a shell."""
     found = []
     for node in ast.walk(ast.parse(source)):
-        if isinstance(node, (ast.Import, ast.ImportFrom)) and not _errors_only(node):
-            names = [a.name for a in node.names] + [getattr(node, "module", "") or ""]
-            found += [
-                n for n in names if n.split(".")[0] in ("pickle", "dill", "cloudpickle", "marshal", "shelve")
-            ]
+        found += _unpickling(node)
         if not isinstance(node, ast.Call):
             continue
         called, words = ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords}
@@ -125,7 +132,9 @@ def test_recipes_and_examples_are_not_packages() -> None:
     ("source", "count"),
     [
         ("eval('1')", 1),
-        ("import pickle", 1),
+        ("import pickle; pickle.loads(b)", 1),
+        ("import pickle as p", 1),
+        ("import pickle; pickle.UnpicklingError", 0),
         ("from pickle import loads", 1),
         ("from pickle import UnpicklingError", 0),
         ("torch.load(f)", 1),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -18,21 +19,16 @@ ROOT = Path(__file__).resolve().parent.parent
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if importlib.util.find_spec("hatchling") is None:
         pytest.skip("hatchling, which builds the wheel, is not installed")
-    if not (ROOT / "README.md").is_file() or not (ROOT / "LICENSE").is_file():
-        pytest.skip("a wheel needs the checkout's README.md and LICENSE")
     folder = tmp_path_factory.mktemp("wheel")
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(folder),
-        str(ROOT),
-    ]
+    source = folder / "source"
+    ignored = shutil.ignore_patterns("__pycache__")
+    for name in ("toolkit", "components", "kernels", "data", "recipes"):
+        shutil.copytree(ROOT / name, source / name, ignore=ignored)
+    shutil.copy(ROOT / "pyproject.toml", source)
+    for name in ("README.md", "LICENSE"):
+        (source / name).write_text((ROOT / name).read_text() if (ROOT / name).exists() else "")
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    command = [*pip, "-w", str(folder), str(source)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return next(folder.glob("*.whl"))
