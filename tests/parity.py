@@ -148,8 +148,8 @@ def as_original(logits: Tensor, batch: Batch, model: VisualRWKV, scan: str) -> T
 
 def relative(ours: Tensor, theirs: Tensor) -> float:
     """Frobenius error over Frobenius norm, in fp64; NaN counts as infinite."""
-    theirs = theirs.double()
-    error = float((ours.double() - theirs).norm() / theirs.norm().clamp(min=1e-30))
+    ours, theirs = ours.detach().double(), theirs.double()
+    error = float((ours - theirs).norm() / theirs.norm().clamp(min=1e-30))
     return error if error == error else float("inf")
 
 

@@ -125,5 +125,5 @@ def encoder_id(model: VisualRWKV, node: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(node, sort_keys=True).encode())
     for name, tensor in model.encoder.state_dict().items():
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

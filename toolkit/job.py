@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from data.dataset import Examples
 from data.floors import blind, majority
 from data.loader import eval_loader, train_loader
 from data.plan import Plan
+from data.records import Example
 from toolkit import checkpoint, metrics
 from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
 from toolkit.corpus import Corpus
@@ -78,12 +80,12 @@ def execute(conf: RunConf, run: RunDir) -> dict[str, Any]:
     with Timer(facts, "eval_seconds"):
         predictions = evaluate(conf, corpus, model, features, device)
     write_text(run.predictions / f"{conf.eval.split}.jsonl", as_jsonl(predictions))
-    first = next(iter(conf.stages.values())).split
-    trained, scored = corpus.readers[first], corpus.readers[conf.eval.split]
+    learned_from = list(conf.stages.values())[-1].split
+    scored = scored_examples(conf, corpus)
     return {
         **metrics.summary(predictions),
-        "majority": majority(scored.all_examples()),
-        "blind": blind(trained.all_examples(), scored.all_examples()),
+        "majority": majority(scored),
+        "blind": blind(corpus.readers[learned_from].all_examples(), scored),
         **facts,
         "vocabulary": corpus.tokenizer.size,
         "data": {split: reader.manifest_hash for split, reader in corpus.readers.items()},
@@ -165,20 +167,23 @@ def examples(
     )
 
 
+def scored_examples(conf: RunConf, corpus: Corpus) -> list[Example]:
+    """The examples that evaluation asks: the whole split, or its first `eval.limit`."""
+    found = corpus.readers[conf.eval.split].all_examples()
+    return list(itertools.islice(found, conf.eval.limit or None))
+
+
 def evaluate(
     conf: RunConf, corpus: Corpus, model: VisualRWKV, features: dict[str, Any], device: torch.device
 ) -> list[Prediction]:
     """Predictions on the evaluation split."""
     model.to(device)
     dataset = examples(conf, corpus, conf.eval.split, model, features, prompt=corpus.prompt, answer=False)
-    scored = list(corpus.readers[conf.eval.split].all_examples())
-    if conf.eval.limit:
-        scored = scored[: conf.eval.limit]
     loader = eval_loader(dataset, batch=conf.eval.batch, limit=conf.eval.limit, workers=conf.hardware.workers)
     return answer_all(
         model,
         loader,
-        scored,
+        scored_examples(conf, corpus),
         corpus.tokenizer,
         max_new_tokens=conf.eval.max_new_tokens,
         device=device,

@@ -98,8 +98,8 @@ def fit_stage(
     ranks = conf.hardware.devices * conf.hardware.nodes
     module = StageModule(model, stage=stage, loss=conf.loss, steps=steps, first_step=first_step)
     with warnings.catch_warnings():
-        # Lightning advises more workers; here the features are cached and one process is faster.
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        # Lightning's advice for other set-ups (more workers, log folder, frozen modules in eval mode).
+        warnings.filterwarnings("ignore", module="lightning")
         trainer = L.Trainer(
             max_steps=steps,
             accelerator="gpu" if device_of(conf.hardware).type == "cuda" else "cpu",
@@ -112,6 +112,7 @@ def fit_stage(
             log_every_n_steps=conf.log.every,
             callbacks=[bar(name)],
             default_root_dir=folder,
+            enable_progress_bar=sys.stdout.isatty(),
             enable_checkpointing=False,
             enable_model_summary=False,
             num_sanity_val_steps=0,

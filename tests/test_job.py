@@ -1,0 +1,189 @@
+"""A whole run on the CPU in seconds: files written, nothing trained twice, stages, sweeps, reports."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from toolkit import report, run
+
+TINY = [
+    "encoder=patch",
+    "encoder.patch=32",
+    "data.limit=12",
+    "stages.tune.steps=3",
+    "stages.tune.warmup=0",
+    "stages.tune.global_batch=8",
+    "log.every=1",
+    "eval.limit=20",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("easy_vqa", reason="easy-VQA comes with the demo extra")
+    return tmp_path_factory.mktemp("cache")
+
+
+def launch(tmp_path: Path, cache: Path, *arguments: str) -> int:
+    return run.main([*TINY, f"paths.runs={tmp_path / 'runs'}", f"paths.cache={cache}", *arguments])
+
+
+def only(folder: Path, pattern: str = "*-s*") -> Path:
+    (found,) = folder.glob(pattern)
+    return found
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_run_writes_what_it_promises(tmp_path: Path, cache: Path) -> None:
+    assert launch(tmp_path, cache) == 0
+    folder = only(tmp_path / "runs")
+    assert folder.name.startswith("rwkv6-2d-sandwich-s0-")
+    result = read(folder / "result.json")
+    for key in ("accuracy", "n", "majority", "blind", "seconds", "recipe", "seed", "versions", "by_kind"):
+        assert key in result, key
+    assert result["recipe"] == "quickstart" and result["n"] == 20 and result["steps"] == 3
+    assert 0 <= result["blind"] <= 1 and result["kernels"] == {"wkv6": "torch"}
+    assert result["learning"] == ["encoder", "proj", "rwkv"]
+    status = read(folder / "status.json")
+    assert status["state"] == "done" and status["versions"]["torch"] == torch.__version__.split("+")[0]
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [int(float(r["step"])) for r in rows] == [0, 1, 2]
+    assert all(float(r["loss"]) > 0 and float(r["lr"]) > 0 for r in rows)
+    assert list((folder / "tensorboard").glob("events*"))
+    predictions = [json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text().splitlines()]
+    assert len(predictions) == 20 and sum(p["correct"] for p in predictions) == round(20 * result["accuracy"])
+    weights = load_file(folder / "checkpoints" / "last" / "model.safetensors")
+    assert {name.split(".")[0] for name in weights} == {"encoder", "proj", "rwkv"}
+    assert "stages:" in (folder / "config.yaml").read_text()
+    vocabulary = read(folder / "vocabulary.json")
+    assert vocabulary
+
+
+def test_the_same_command_trains_nothing_twice_and_the_same_seed_gives_the_same_numbers(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launch(tmp_path, cache) == 0
+    folder = only(tmp_path / "runs")
+    first = read(folder / "result.json")
+    import toolkit.job
+
+    def never(*args: object, **kwargs: object) -> None:
+        raise AssertionError("trained again")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toolkit.job, "execute", never)
+        assert launch(tmp_path, cache, "title=another name", "hardware.threads=1") == 0
+    # Only the result is lost: the weights are used, not trained again.
+    (folder / "result.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(toolkit.job, "fit_stage", never)
+        assert launch(tmp_path, cache) == 0
+    assert read(folder / "result.json")["accuracy"] == first["accuracy"]
+    # A fresh directory: the same losses to the last digit.
+    assert launch(tmp_path / "again", cache) == 0
+    again = only(tmp_path / "again" / "runs")
+    assert again.name == folder.name
+    assert (again / "metrics.csv").read_text() == (folder / "metrics.csv").read_text()
+    assert (again / "predictions" / "test.jsonl").read_text() == (folder / "predictions" / "test.jsonl").read_text()
+    assert launch(tmp_path, cache, "seed=1") == 0
+    other = only(tmp_path / "runs", "*-s1-*")
+    assert (other / "metrics.csv").read_text() != (folder / "metrics.csv").read_text()
+
+
+def test_two_stages_train_their_parts_and_count_steps_through(tmp_path: Path, cache: Path) -> None:
+    stages = [
+        "+stages.align.train=[proj]",
+        "+stages.align.freeze=[encoder]",
+        "+stages.align.steps=2",
+        "+stages.align.global_batch=4",
+        "+stages.align.prompt=prefix",
+        "stages.tune.freeze=[rwkv.emb,encoder]",
+    ]
+    if launch(tmp_path, cache, *stages) != 0:
+        # `learned` encoders must train somewhere: freezing them in every stage is refused.
+        stages[-1] = "stages.tune.freeze=[rwkv.emb]"
+        assert launch(tmp_path, cache, *stages) == 0
+    folder = next(f for f in (tmp_path / "runs").glob("*-s0-*") if (f / "result.json").exists())
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    assert [int(float(r["step"])) for r in rows] == [0, 1, 2, 3, 4]
+    assert read(folder / "result.json")["steps"] == 5
+
+
+def test_a_learned_encoder_that_never_learns_is_refused(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(tmp_path, cache, "stages.tune.freeze=[encoder]") == 1
+    assert "encoder=patch has no pretrained weights and every stage freezes it" in capsys.readouterr().err
+    assert read(only(tmp_path / "runs") / "status.json")["state"] == "failed"
+
+
+def test_features_kept_of_a_learning_encoder_are_refused(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert launch(tmp_path, cache, "features.cache=disk") == 1
+    assert "features.cache=disk keeps features of a frozen encoder" in capsys.readouterr().err
+
+
+def test_frozen_features_from_cache_give_the_run_that_images_give(tmp_path: Path, cache: Path) -> None:
+    losses = {}
+    for kept in ("off", "memory", "disk"):
+        frozen = ["encoder=lite0", "~encoder.patch", f"features.cache={kept}", "paths.runs=" + str(tmp_path / kept)]
+        words = [w for w in TINY if not w.startswith("encoder")] + [w for w in frozen if not w.startswith("~")]
+        assert run.main([*words, f"paths.cache={cache}"]) == 0
+        rows = csv.DictReader((only(tmp_path / kept) / "metrics.csv").open())
+        losses[kept] = [float(r["loss"]) for r in rows]
+    assert losses["memory"] == losses["disk"]
+    assert losses["off"] == pytest.approx(losses["memory"], rel=1e-5)
+
+
+def test_a_table_runs_its_rows_and_reports_them(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fixed = [*TINY, f"paths.runs={tmp_path / 'runs'}", f"paths.cache={cache}"]
+    assert run.main(["recipe=ablation/scan", *fixed, "scan=uni,2d"]) == 0
+    out = tmp_path / "report"
+    assert report.main(["ablation/scan", *fixed, "--out", str(out)]) == 1
+    text = capsys.readouterr().out
+    assert "python -m toolkit.run" in text and "scan=bi" in text
+    assert run.main(["recipe=ablation/scan", *fixed]) == 0
+    assert report.main(["ablation/scan", *fixed, "--out", str(out)]) == 0
+    text = (out / "ablation-scan.md").read_text()
+    assert "Missing" not in text and "65.62" in text and "Table 4" in text
+    rows = list(csv.DictReader((out / "ablation-scan.csv").open()))
+    assert [r["row"] for r in rows] == ["uni", "bi", "2d"]
+    assert [r["paper_VQA"] for r in rows] == ["51.03", "65.62", "66.04"]
+    assert (out / "ablation-scan.png").stat().st_size > 10_000
+
+
+def test_one_failing_row_hides_no_other(
+    tmp_path: Path, cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import toolkit.job
+
+    sane = toolkit.job.build_model
+
+    def build(conf: Any, **sizes: Any) -> Any:
+        if conf.scan["name"] == "bi":
+            raise RuntimeError("seeded crash")
+        return sane(conf, **sizes)
+
+    monkeypatch.setattr(toolkit.job, "build_model", build)
+    assert launch(tmp_path, cache, "-m", "scan=uni,bi,2d") == 1
+    assert len(list((tmp_path / "runs").glob("*/result.json"))) == 2
+    error = capsys.readouterr().err
+    assert "seeded crash" in error and "2 of 3" in error
+
+
+def test_the_report_of_a_recipe_that_is_no_table_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report.main(["quickstart"]) == 2
+    assert "is no table" in capsys.readouterr().err
