@@ -359,6 +359,22 @@ SLIPS = [
     Slip("type", L, "seed", "", ("takes int", "'abc' (str)"), words="seed=abc"),
     Slip("range", L, "stages.tune.lr", "", ("must be greater than 0",), words="stages.tune.lr=-1"),
     Slip("stage", L, "stages.tnue", "tune", words="stages.tnue.lr=1e-3"),
+    Slip(
+        "a new stage by one key",
+        L,
+        "stages.cool",
+        "",
+        ("a new stage goes into a recipe",),
+        words="+stages.cool.steps=5",
+    ),
+    Slip(
+        "required by a component",
+        L,
+        "encoder.members",
+        "",
+        ("required, and not given", "encoder.members=VALUE"),
+        words="encoder=fused",
+    ),
     Slip("removing nothing", L, "stages.algin", "~stages.align", words="~stages.algin scale=paper_3b"),
     Slip("removing a group", L, "scan", "", ("needs one of each group",), words="~scan"),
     Slip(

@@ -188,6 +188,17 @@ def test_paper_scales_are_table_6(scale: str, size: tuple[int, int], rate: tuple
     assert config["encoder"]["model"].startswith("ViT-L-14-336") and config["encoder"]["class_token"]
 
 
+def test_a_stage_comes_by_recipe_and_goes_by_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(one("scale=paper_3b", "~stages.align")["stages"]) == ["tune"]
+    (tmp_path / "n.yaml").write_text("# N.\nstages: {cool: {steps: 5}}\n")
+    monkeypatch.setenv("TOOLKIT_RECIPES", str(tmp_path))
+    stages = one("recipe=n")["stages"]
+    assert list(stages) == ["tune", "cool"] and stages["cool"]["steps"] == 5
+    assert stages["cool"]["train"] == ["proj", "rwkv"]
+
+
 def test_the_root_file_holds_no_values() -> None:
     assert set(load(recipes.CONF / "run.yaml").value) == {"defaults", "hydra"}
 

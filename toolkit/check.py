@@ -77,11 +77,12 @@ class _Walker:
             if not near or first == name:
                 return None
             fix = f"write `{near[0]}`, or give a new stage a name less like it"
-        elif name in self.plan.stages() or self.layer.adds:
+        elif name in self.plan.stages():
             return None
         else:
-            fix = f"write stages.{near[0] if near else others[0]}..., or +stages.{name}... for a new stage"
-        return Problem(node.place, f"stages.{name}", f"no such stage; stages: {', '.join(others)}", near, fix)
+            fix = f"write stages.{near[0] if near else others[0]}...; a new stage goes into a recipe"
+        what = f"no such stage; stages: {', '.join(others)}"
+        return Problem(node.place, f"stages.{name}", what, near, fix)
 
     def _forbidden(self, node: Marked, path: tuple[str, ...], spec: Group) -> Problem | None:
         key, dotted = path[-1], ".".join(path)

@@ -195,7 +195,7 @@ def _job(row: tuple[Given, ...], asked: str) -> Job:
 
 
 def compose(job: Job, *, complete: bool = True) -> dict[str, Any]:
-    """The resolved config of one job as plain values. complete: required settings must be given."""
+    """The resolved config of one job as plain values. complete: also where the data lies."""
     with mounted() as hydra:
         try:
             cfg = hydra.compose_config(
@@ -212,8 +212,8 @@ def finish(cfg: DictConfig, plan: Plan, *, complete: bool = True) -> dict[str, A
     keys = sorted(OmegaConf.missing_keys(task))
     values: Any = OmegaConf.to_container(task, resolve=True, throw_on_missing=False)
     problems = rules.check(values, plan)
-    if complete:
-        problems = [*rules.missing(values, keys, plan), *problems]
+    absent = rules.missing(values, keys, plan)
+    problems = [*(p for p in absent if complete or not p.key.startswith("data.")), *problems]
     if problems:
         raise BadRecipe(problems)
     return dict(values)

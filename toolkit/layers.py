@@ -50,10 +50,9 @@ class Choice:
 
 @dataclass(frozen=True)
 class Layer:
-    """Values of one file or one override. `adds`: an override with `+`, which may make new keys."""
+    """Values of one file or one override."""
 
     values: Marked
-    adds: bool = False
     from_file: bool = True
 
 
@@ -142,7 +141,7 @@ def _layer(given: Given) -> Layer:
     value: Any = given.override.value()
     for part in reversed(given.key.split(".")):
         value = {part: value}
-    return Layer(mark(value, given.place), adds=given.override.is_add(), from_file=False)
+    return Layer(mark(value, given.place), from_file=False)
 
 
 def _root_choices() -> dict[str, Choice]:

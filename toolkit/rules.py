@@ -159,9 +159,9 @@ def missing(cfg: Config, keys: list[str], plan: Plan) -> list[Problem]:
 
 
 def _missing(key: str, what: str, plan: Plan) -> Problem:
-    kind, _, name = key.partition(".")
+    kind = key.partition(".")[0]
     place = plan.choices[kind].place if kind in plan.choices else where(plan, key)
-    fix = f"{key}={'PATH' if name else 'VALUE'} on the command line, or in a recipe"
+    fix = f"{key}={'PATH' if kind == 'data' else 'VALUE'} on the command line, or in a recipe"
     return Problem(place, key, what, (), fix)
 
 
