@@ -80,7 +80,7 @@ class _Walker:
         elif name in self.plan.stages():
             return None
         else:
-            fix = f"write stages.{[*near, *others, "NAME"][0]}...; a new stage goes into a recipe"
+            fix = f"write stages.{[*near, *others, 'NAME'][0]}...; a new stage goes into a recipe"
         what = f"no such stage; stages: {', '.join(others)}"
         return Problem(node.place, f"stages.{name}", what, near, fix)
 
