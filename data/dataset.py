@@ -94,7 +94,7 @@ class Examples(Dataset[Sample]):
         self._kept_bytes = 0
         # One slot per process that reads: shared with loader workers, written without a lock.
         self._left_out = torch.zeros(_MAX_WORKERS + 1, dtype=torch.long)
-        self._left_out.share_memory_()  # type: ignore[no-untyped-call]
+        self._left_out.share_memory_()
 
     def __len__(self) -> int:
         return len(self.reader.examples.record)

@@ -20,7 +20,7 @@ RATIO_FROM = 1 << 20
 
 
 def extension(data: bytes) -> str | None:
-    """"png", "jpg" or "webp" by the first bytes; None for anything else."""
+    """ "png", "jpg" or "webp" by the first bytes; None for anything else."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     if data.startswith(b"\xff\xd8\xff"):

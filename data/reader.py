@@ -91,7 +91,7 @@ class ShardReader:
         column = self._index
         offset, size, crc = (int(c[i]) for c in (column.json_offset, column.json_size, column.json_crc))
         text = self._member(i, "json", offset, size, crc)
-        return parse_json(text, f"{self._shard(i)}: key {self.key(i)}")  # type: ignore[no-any-return]
+        return parse_json(text, f"{self._shard(i)}: key {self.key(i)}")
 
     def image_bytes(self, i: int) -> bytes | None:
         """The picture of record i as it was converted, None for a text-only record."""

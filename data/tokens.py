@@ -44,6 +44,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def save(self, path: Path) -> None: ...
+
 
 @cache
 def _encoder() -> Any:
@@ -99,6 +101,10 @@ class WorldTokenizer:
         tokens = (entries[i] if 0 <= i < len(entries) else _BAD_TOKEN for i in ids)
         return b"".join(tokens).decode("utf-8", errors="replace")
 
+    def save(self, path: Path) -> None:
+        """Writes the vocabulary's name as JSON."""
+        _save(path, {"vocabulary": VOCABULARY})
+
 
 class CompactTokenizer:
     """World ids that occur in a data set, renumbered 0..V-1 in ascending order.
@@ -135,12 +141,8 @@ class CompactTokenizer:
         return loaded
 
     def save(self, path: Path) -> None:
-        """Writes the vocabulary as JSON; a reader sees the whole file or none."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"vocabulary": VOCABULARY, "world_ids": self.world_ids})
-        unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        os.replace(unfinished, path)
+        """Writes the vocabulary's name and the ids in use as JSON."""
+        _save(path, {"vocabulary": VOCABULARY, "world_ids": self.world_ids})
 
     @property
     def size(self) -> int:
@@ -164,6 +166,14 @@ class CompactTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """As `WorldTokenizer.decode`; ids from `size` on are bad tokens."""
         return self._world.decode([self.world_ids[i] if 0 <= i < self.size else -1 for i in ids])
+
+
+def _save(path: Path, facts: dict[str, Any]) -> None:
+    """Writes JSON; a reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    unfinished.write_text(json.dumps(facts) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,7 @@ def check_sequence(op: str, names: Sequence[str], tensors: Sequence[Tensor], axe
         if x.dim() != len(axes):
             raise ValueError(f"{op}: {name} has shape {list(x.shape)}; expected [{', '.join(axes)}]")
         if x.shape != first.shape:
-            raise ValueError(
-                f"{op}: {name} has shape {list(x.shape)} but {names[0]} has {list(first.shape)}"
-            )
+            raise ValueError(f"{op}: {name} has shape {list(x.shape)} but {names[0]} has {list(first.shape)}")
         if x.dtype not in _FLOATS:
             raise ValueError(f"{op}: {name} is {_name(x.dtype)}; use bfloat16, float16, float32 or float64")
         if x.dtype != first.dtype:

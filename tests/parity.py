@@ -68,7 +68,8 @@ class Golden:
             metadata = file.metadata() or {}
             if "args" not in metadata:
                 raise ValueError(f"{path}: no hyper-parameters under metadata key 'args'; not a golden file")
-            return cls(path, json.loads(metadata["args"]), {k: file.get_tensor(k) for k in file.keys()})
+            names = file.keys()  # no mapping: it can be listed, not iterated
+            return cls(path, json.loads(metadata["args"]), {k: file.get_tensor(k) for k in names})
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
@@ -103,7 +104,10 @@ def build(golden: Golden, scan: str) -> VisualRWKV:
     features = golden.tensors["in0/vision_features"]
     encoder = StoredFeatures(features.shape[1] - 1, features.shape[2])
     grid = args["grid_size"]
-    projector = {"name": "linear" if "proj.weight" in weights else "gated", "tokens": grid**2 if grid > 0 else grid}
+    projector = {
+        "name": "linear" if "proj.weight" in weights else "gated",
+        "tokens": grid**2 if grid > 0 else grid,
+    }
     proj = register.bind("projector", projector)(encoder.d_out, args["n_embd"], encoder.grid)
     vocab = weights["rwkv.emb.weight"].shape[0]
     rwkv = LanguageModel(recurrence, d_model=args["n_embd"], n_layer=args["n_layer"], vocab_size=vocab)
@@ -166,9 +170,14 @@ def errors(golden: Golden, scan: str, backend: str) -> dict[str, float]:
         for i in golden.inputs:
             expected = golden.under(f"out{i}/{scan}/")
             batch = batch_of(golden, i, model.n_image)
-            assert torch.equal(batch.labels, expected["targets"]), f"{golden.path}: targets of input {i} differ"
+            assert torch.equal(batch.labels, expected["targets"]), (
+                f"{golden.path}: targets of input {i} differ"
+            )
             with torch.no_grad():
-                note("logits", relative(as_original(model.logits(batch), batch, model, scan), expected["logits"]))
+                note(
+                    "logits",
+                    relative(as_original(model.logits(batch), batch, model, scan), expected["logits"]),
+                )
             model.zero_grad()
             loss = lm_loss(model(batch, l2="all"), reduction=reduction)
             loss.backward()

@@ -417,12 +417,12 @@ SLIPS = [
     ),
     Slip("plug-ins as text", L, "plugins", "", ("plugins=[mine]",), words="plugins=mine"),
     Slip(
-        "devices and batch",
+        "micro batch and batch",
         L,
-        "hardware.devices",
+        "hardware.micro_batch",
         "",
-        ("does not divide stages.tune.global_batch=64",),
-        words="hardware.devices=3",
+        ("24 does not divide stages.tune.global_batch=64", "hardware.micro_batch=16"),
+        words="hardware.micro_batch=24",
     ),
     Slip(
         "required paths",

@@ -26,7 +26,9 @@ def test_parity(path: Path, scan: str, backend: str) -> None:
     assert all(found[what] <= bound for what, bound in parity.BOUNDS.items()), found
 
 
-def test_command_reports_and_fails_above_the_bound(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_reports_and_fails_above_the_bound(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     good = FILES[1]
     assert parity.main([str(good), "--backend", "torch"]) == 0
     golden = parity.Golden.open(good)

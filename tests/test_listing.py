@@ -152,16 +152,6 @@ def test_a_users_error_is_a_sentence_another_a_traceback(
         run.main(["seed=13"])
 
 
-def test_several_devices_in_a_sweep_are_refused(
-    jobs: list[dict[str, Any]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert run.main(["-m", "seed=0,1", "hardware.devices=2"]) == 2
-    assert jobs == [] and "command line: hardware.devices: 2 devices" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run.main(["-m", "seed=0,1", "hardware.devices=2"]) == 0
-
-
 def test_cfg_job_prints_the_composed_recipe(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["recipe=ablation/scan_bi", "--cfg", "job"]) == 0
     text = capsys.readouterr().out

@@ -10,7 +10,7 @@ import torch
 from tests.helpers import small_model
 from toolkit.lit import parameter_groups, rate_factor
 from toolkit.schema import HardwareConf, StageConf
-from toolkit.train import device_of, micro_batch, stage_steps
+from toolkit.train import device_of, micro_batch, refuse_several_processes, stage_steps
 
 
 def test_decay_acts_on_matrices_only() -> None:
@@ -48,7 +48,9 @@ def test_stage_length_in_steps_or_epochs() -> None:
 def test_micro_batches_make_the_global_batch() -> None:
     assert micro_batch(StageConf(global_batch=64), HardwareConf(), name="tune") == 64
     assert micro_batch(StageConf(global_batch=64), HardwareConf(micro_batch=16), name="tune") == 16
-    with pytest.raises(ValueError, match=r"stages\.tune\.global_batch=64 .*hardware\.micro_batch"):
+    with pytest.raises(
+        ValueError, match=r"hardware\.micro_batch=24 does not divide stages\.tune\.global_batch=64"
+    ):
         micro_batch(StageConf(global_batch=64), HardwareConf(micro_batch=24), name="tune")
 
 
@@ -57,3 +59,11 @@ def test_an_absent_gpu_is_an_error_not_a_fallback() -> None:
     with pytest.raises(ValueError, match=r"hardware\.device=cuda.*hardware\.device=cpu"):
         device_of(HardwareConf(device="cuda"))
     assert device_of(HardwareConf()).type == "cpu"
+
+
+def test_a_launcher_with_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="WORLD_SIZE=2: a run trains on one device"):
+        refuse_several_processes()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    refuse_several_processes()

@@ -10,7 +10,9 @@ from toolkit.metrics import Prediction, accuracy, by_kind, half_width, summary
 
 
 def made(pairs: list[tuple[str, str, str, int]]) -> list[Prediction]:
-    return [Prediction(str(i), "?", kind, gold, text, image) for i, (kind, gold, text, image) in enumerate(pairs)]
+    return [
+        Prediction(str(i), "?", kind, gold, text, image) for i, (kind, gold, text, image) in enumerate(pairs)
+    ]
 
 
 def test_exact_match_and_types() -> None:

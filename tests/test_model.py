@@ -127,7 +127,9 @@ def test_l2_term_changes_gradients_as_the_original_and_not_the_value() -> None:
     logits = model.logits(batch)
     everywhere = lm_loss(model(batch, l2="all"), reduction="sample")
     assert torch.equal(plain, everywhere)
-    theirs = torch.autograd.grad(L2Wrap.apply(plain, logits), list(model.rwkv.parameters()), retain_graph=True)
+    theirs = torch.autograd.grad(
+        L2Wrap.apply(plain, logits), list(model.rwkv.parameters()), retain_graph=True
+    )
     ours = torch.autograd.grad(everywhere, list(model.rwkv.parameters()))
     without = torch.autograd.grad(plain, list(model.rwkv.parameters()), retain_graph=True)
     for a, b in zip(ours, theirs, strict=True):
@@ -136,8 +138,10 @@ def test_l2_term_changes_gradients_as_the_original_and_not_the_value() -> None:
     # "answers" is the same term on the answer rows alone.
     rows = model(batch, l2="answers")
     expected = model(batch).logits.amax(-1).square().sum() * 1e-4 / 2 / batch.ids.numel()
-    (got,) = torch.autograd.grad(lm_loss(rows, reduction="sample") - lm_loss(model(batch), reduction="sample"),
-                                 [model.rwkv.head.weight])
+    (got,) = torch.autograd.grad(
+        lm_loss(rows, reduction="sample") - lm_loss(model(batch), reduction="sample"),
+        [model.rwkv.head.weight],
+    )
     (want,) = torch.autograd.grad(expected, [model.rwkv.head.weight])
     torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -148,7 +152,10 @@ def _learning(model: VisualRWKV) -> set[str]:
 
 def test_stages_choose_what_learns_by_whole_name_components() -> None:
     model = small_model(n_layer=11)
-    assert select_trainable(model, ["proj", "rwkv"], ["rwkv.emb", "rwkv.blocks.1"], stage="tune") == ["proj", "rwkv"]
+    assert select_trainable(model, ["proj", "rwkv"], ["rwkv.emb", "rwkv.blocks.1"], stage="tune") == [
+        "proj",
+        "rwkv",
+    ]
     learning = _learning(model)
     assert "rwkv.emb.weight" not in learning and "rwkv.head.weight" in learning
     assert not any(n.startswith("rwkv.blocks.1.") for n in learning)

@@ -46,7 +46,9 @@ def tokenizer() -> CompactTokenizer:
 
 
 @pytest.mark.parametrize(("recurrence", "scan", "prompt", "projector"), CASES)
-def test_one_step(recurrence: str, scan: str, prompt: str, projector: str, tokenizer: CompactTokenizer) -> None:
+def test_one_step(
+    recurrence: str, scan: str, prompt: str, projector: str, tokenizer: CompactTokenizer
+) -> None:
     torch.manual_seed(0)
     encoder = component("encoder", "patch", image_size=32, patch=8, width=12)()
     proj = component("projector", projector, tokens=4)(encoder.d_out, 16, encoder.grid)

@@ -56,9 +56,7 @@ def test_ids_and_labels_of_the_original() -> None:
 
 
 @pytest.mark.parametrize("node", BOUND, ids=str)
-@pytest.mark.parametrize(
-    "turns", [ASK, ROUNDS, ROUNDS[:3], ROUNDS[2:], [ASK[0]], [ASK[0], Turn("gpt", "")]]
-)
+@pytest.mark.parametrize("turns", [ASK, ROUNDS, ROUNDS[:3], ROUNDS[2:], [ASK[0]], [ASK[0], Turn("gpt", "")]])
 def test_image_once_and_loss_only_on_answers(node: dict[str, str], turns: list[Turn]) -> None:
     segments = register.bind("prompt", node)(turns)
     images = sum(isinstance(segment, ImageSlot) for segment in segments)
@@ -120,8 +118,6 @@ def test_empty_turns_are_a_role_alone() -> None:
         ([Turn("human", "a"), SYSTEM], "turn 2 has the role 'system'; write human or gpt"),
     ],
 )
-def test_malformed_conversations_are_refused(
-    node: dict[str, str], turns: list[Turn], message: str
-) -> None:
+def test_malformed_conversations_are_refused(node: dict[str, str], turns: list[Turn], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         register.bind("prompt", node)(turns)

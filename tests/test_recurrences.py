@@ -117,7 +117,9 @@ def test_initial_values_of_the_reference() -> None:
 
 
 def test_head_size_that_does_not_divide_is_refused_with_both_keys() -> None:
-    with pytest.raises(ValueError, match=r"recurrence\.head_size=48 does not divide model\.d_model=64; write"):
+    with pytest.raises(
+        ValueError, match=r"recurrence\.head_size=48 does not divide model\.d_model=64; write"
+    ):
         component("recurrence", "rwkv6", head_size=48)(64, 2)
 
 

@@ -34,8 +34,9 @@ def build_model(conf: RunConf, *, vocab_size: int) -> VisualRWKV:
     if model.n_image >= conf.model.ctx_len:
         raise ValueError(
             f"model.ctx_len={conf.model.ctx_len} leaves no room for text: the image alone takes "
-            f"{model.n_image} positions (encoder={conf.encoder['name']}, projector.tokens="
-            f"{conf.projector.get('tokens')}); write model.ctx_len={2 * model.n_image} or pool to fewer tokens"
+            f"{model.n_image} positions (encoder={conf.encoder['name']}, "
+            f"projector.tokens={conf.projector.get('tokens')}); write model.ctx_len={2 * model.n_image} "
+            "or pool to fewer tokens"
         )
     return model
 
@@ -43,7 +44,9 @@ def build_model(conf: RunConf, *, vocab_size: int) -> VisualRWKV:
 def check_table(table: list[list[int]], n_layer: int, patches: int, *, name: str) -> None:
     """Refuses a scan that is not one permutation of the patches per layer."""
     if len(table) != n_layer:
-        raise ValueError(f"scan={name} made {len(table)} rows for model.n_layer={n_layer}; a scan makes one per layer")
+        raise ValueError(
+            f"scan={name} made {len(table)} rows for model.n_layer={n_layer}; a scan makes one per layer"
+        )
     for layer, row in enumerate(table):
         if sorted(row) != list(range(patches)):
             raise ValueError(f"scan={name}: layer {layer} is not a permutation of the {patches} patches")

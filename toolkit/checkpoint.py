@@ -47,7 +47,8 @@ def load(folder: Path, model: VisualRWKV) -> dict[str, Any]:
     missing, surplus = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
     if missing or surplus:
         raise ValueError(
-            f"{folder / WEIGHTS}: does not fit this model; missing {missing[:3]}, not in the model {surplus[:3]}"
+            f"{folder / WEIGHTS}: does not fit this model; missing {missing[:3]}, "
+            f"not in the model {surplus[:3]}"
         )
     model.load_state_dict(weights, strict=False)
     return facts

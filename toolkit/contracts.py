@@ -142,9 +142,7 @@ class TimeMix(Protocol):
 class ChannelMix(Protocol):
     """Mixes over channels; its state is the last token, for the token shift."""
 
-    def forward(
-        self, x: Tensor, state: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B,T,D] -> (y [B,T,D], state [B,D])."""
 
 

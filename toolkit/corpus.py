@@ -74,7 +74,7 @@ class Corpus:
         }
 
     def _where(self, model: VisualRWKV) -> Any:
-        """"memory", "disk" or "off", as `features.cache` says; "auto" keeps what fits the limit on disk."""
+        """ "memory", "disk" or "off", as `features.cache` says; "auto" keeps what fits the limit on disk."""
         wanted = self.conf.features.cache
         learns = any(p.requires_grad for p in model.encoder.parameters())
         if wanted in ("memory", "disk") and learns:
@@ -88,7 +88,8 @@ class Corpus:
             return "off"
         encoder = model.encoder
         size = sum(
-            estimate_bytes(len(r), encoder.grid, encoder.n_extra, encoder.d_out) for r in self.readers.values()
+            estimate_bytes(len(r), encoder.grid, encoder.n_extra, encoder.d_out)
+            for r in self.readers.values()
         )
         if size > self.conf.features.limit_mb << 20:
             log.info(
@@ -103,7 +104,10 @@ class Corpus:
 
 def wanted(conf: RunConf) -> list[tuple[str, str]]:
     """(config key, split) of every split that training and evaluation read."""
-    return [*((f"stages.{n}.split", s.split) for n, s in conf.stages.items()), ("eval.split", conf.eval.split)]
+    return [
+        *((f"stages.{n}.split", s.split) for n, s in conf.stages.items()),
+        ("eval.split", conf.eval.split),
+    ]
 
 
 def open_split(folders: Mapping[str, Path], split: str, key: str) -> Path:

@@ -55,7 +55,14 @@ def answer_all(
 def as_jsonl(predictions: Sequence[Prediction]) -> str:
     """One line per prediction."""
     rows: list[dict[str, Any]] = [
-        {"key": p.key, "kind": p.kind, "question": p.question, "gold": p.gold, "text": p.text, "correct": p.correct}
+        {
+            "key": p.key,
+            "kind": p.kind,
+            "question": p.question,
+            "gold": p.gold,
+            "text": p.text,
+            "correct": p.correct,
+        }
         for p in predictions
     ]
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

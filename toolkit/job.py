@@ -25,13 +25,22 @@ from toolkit.metrics import Prediction
 from toolkit.model import VisualRWKV
 from toolkit.rundir import RunDir, provenance, write_json, write_text
 from toolkit.schema import RunConf
-from toolkit.train import device_of, fit_stage, loggers, micro_batch, prepare, stage_steps
+from toolkit.train import (
+    device_of,
+    fit_stage,
+    loggers,
+    micro_batch,
+    prepare,
+    refuse_several_processes,
+    stage_steps,
+)
 
 log = logging.getLogger("toolkit.run")
 
 
 def run_job(cfg: Mapping[str, Any], *, recipe: str, argv: list[str]) -> dict[str, Any]:
     """Trains and evaluates one config, or returns the result that its directory already holds."""
+    refuse_several_processes()
     conf = from_dict(cfg)
     run = RunDir(Path(conf.paths.runs).expanduser(), cfg)
     with run.lock():
@@ -125,7 +134,9 @@ def train(
         select_trainable(model, stage.train, stage.freeze, stage=name)
         model.train()
         reader = corpus.readers[stage.split]
-        dataset = examples(conf, corpus, stage.split, model, features, prompt=corpus.prompts[name], answer=True)
+        dataset = examples(
+            conf, corpus, stage.split, model, features, prompt=corpus.prompts[name], answer=True
+        )
         steps = stage_steps(stage, len(dataset), name=name)
         loader = train_loader(
             dataset,
@@ -160,7 +171,7 @@ def examples(
         tokenizer=corpus.tokenizer,
         n_image=model.n_image,
         ctx_len=conf.model.ctx_len,
-        overlong=conf.model.overlong,
+        overlong="cut" if conf.model.overlong == "cut" else "refuse",
         transform=None if features else model.encoder.transform(),
         features=features.get(split),
         answer=answer,

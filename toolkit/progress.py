@@ -34,7 +34,9 @@ class PlainProgress(L.Callback):
             speed = step / (now - self.began)
             left = (steps - step) / speed
             loss = float(outputs["loss"])
-            log.info("%s %d/%d  loss %.3f  %.1f steps/s  %.0f s left", self.name, step, steps, loss, speed, left)
+            log.info(
+                "%s %d/%d  loss %.3f  %.1f steps/s  %.0f s left", self.name, step, steps, loss, speed, left
+            )
 
 
 def bar(name: str) -> L.Callback:

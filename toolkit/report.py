@@ -152,12 +152,16 @@ def notes(table: Table) -> list[str]:
         f"seeds. The 95 % interval of one run, clustered by image, is at most ± {100 * widest:.2f}.",
         f"Floors: majority answer {100 * first['majority']:.2f}, question only {100 * first['blind']:.2f}.",
         "Parameters that train or read the sequence: "
-        + ", ".join(f"{row.name} {row.results[0]['parameters']['rwkv']:,}" for row in table.rows if row.results)
+        + ", ".join(
+            f"{row.name} {row.results[0]['parameters']['rwkv']:,}" for row in table.rows if row.results
+        )
         + f"; {first['steps']:,} optimizer steps each.",
     ]
     commits = {r["commit"] for r in table.results}
     if len(commits) > 1:
-        told.append(f"Rows come from {len(commits)} different commits: {', '.join(sorted(c[:10] for c in commits))}.")
+        told.append(
+            f"Rows come from {len(commits)} different commits: {', '.join(sorted(c[:10] for c in commits))}."
+        )
     return told
 
 
@@ -197,14 +201,27 @@ def figure(table: Table, path: Path) -> Path:
 def _draw_ours(axes: Any, rows: list[Row], names: list[str]) -> None:
     for at, row in enumerate(rows):
         axes.bar(at, 100 * row.mean, width=0.6, color="#9ecae1", zorder=1)
-        axes.scatter([at] * len(row.results), [100 * a for a in row.accuracies], s=22, color="#08519c", zorder=3)
+        axes.scatter(
+            [at] * len(row.results), [100 * a for a in row.accuracies], s=22, color="#08519c", zorder=3
+        )
         axes.annotate(
-            f"{100 * row.mean:.1f}", (at, 100 * row.mean), xytext=(0, 5), textcoords="offset points", ha="center"
+            f"{100 * row.mean:.1f}",
+            (at, 100 * row.mean),
+            xytext=(0, 5),
+            textcoords="offset points",
+            ha="center",
         )
     for key, label in (("majority", "majority"), ("blind", "question only")):
         level = 100 * rows[0].results[0][key]
         axes.axhline(level, linestyle="--", linewidth=1, color="#636363", zorder=2)
-        axes.annotate(label, (len(rows) - 0.45, level), xytext=(0, 2), textcoords="offset points", fontsize=8, ha="right")
+        axes.annotate(
+            label,
+            (len(rows) - 0.45, level),
+            xytext=(0, 2),
+            textcoords="offset points",
+            fontsize=8,
+            ha="right",
+        )
     axes.set_xticks(range(len(rows)), names)
     axes.set_xlim(-0.6, len(rows) - 0.4)
     axes.set_ylim(0, 108)

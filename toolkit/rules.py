@@ -122,22 +122,13 @@ def _prefixes(stage: Config, head: str, n_layer: int) -> Found:
 
 
 def _batches(cfg: Config) -> Found:
-    hardware = cfg["hardware"]
-    ranks, micro = hardware["devices"] * hardware["nodes"], hardware["micro_batch"]
+    micro = cfg["hardware"]["micro_batch"]
     for name, stage in cfg["stages"].items():
-        share = ranks * (micro or 1)
-        if stage["global_batch"] % share:
-            parts = f"hardware.devices x nodes = {ranks}" + (f" x micro_batch = {micro}" if micro else "")
-            key = "hardware.micro_batch" if micro else "hardware.devices"
-            good = max(
-                n
-                for n in range(1, share + 1)
-                if (stage["global_batch"] % n == 0 and n % ranks == 0) or n == 1
-            )
-            fix = f"stages.{name}.global_batch={share * max(1, stage['global_batch'] // share)}"
-            if micro and good >= ranks:
-                fix = f"hardware.micro_batch={good // ranks}, or {fix}"
-            yield key, f"{parts} does not divide stages.{name}.global_batch={stage['global_batch']}", (), fix
+        total = stage["global_batch"]
+        if micro and total % micro:
+            good = max(n for n in range(1, micro + 1) if total % n == 0)
+            what = f"{micro} does not divide stages.{name}.global_batch={total}"
+            yield "hardware.micro_batch", what, (), f"hardware.micro_batch={good}"
 
 
 _RULES: tuple[Callable[[Config], Found], ...] = (_heads, _grid, _context, _stages, _batches)

@@ -18,7 +18,16 @@ from typing import Any
 NOT_IDENTITY = ("paths", "hardware", "title", "report", "plugins", "log")
 """Keys that say where, how fast or under which name, but not what."""
 
-PACKAGES = ("torch", "lightning", "hydra-core", "omegaconf", "timm", "open_clip_torch", "webdataset", "triton")
+PACKAGES = (
+    "torch",
+    "lightning",
+    "hydra-core",
+    "omegaconf",
+    "timm",
+    "open_clip_torch",
+    "webdataset",
+    "triton",
+)
 
 
 def run_id(cfg: Mapping[str, Any]) -> str:
@@ -54,7 +63,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 class RunDir:
-    """The directory of one run: config.yaml, status.json, metrics.csv, result.json, checkpoints/, predictions/."""
+    """The directory of one run: config.yaml, status.json, metrics.csv, result.json, and two folders."""
 
     def __init__(self, root: Path, cfg: Mapping[str, Any]) -> None:
         self.path = root / run_name(cfg)

@@ -122,6 +122,4 @@ def _legend(figure: Figure) -> None:
     first, last = (Line2D([], [], marker=m, color=_INK, mfc="white", linestyle="none") for m in "os")
     jump = Line2D([], [], color=_INK, linestyle=":", linewidth=0.9)
     handles = {"first": first, "last": last, "jump": jump}
-    figure.legend(
-        handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8
-    )
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=3, frameon=False, fontsize=8)

@@ -42,7 +42,7 @@ class StageConf:
     prompt: str = ""  # registered prompt for this stage; empty: the recipe's
     steps: Count = 1000  # optimizer steps; 0 with epochs set
     epochs: Annotated[float, Range(0)] = 0.0  # passes over the split, if steps is 0
-    global_batch: Positive = 64  # samples per optimizer step, over all devices
+    global_batch: Positive = 64  # samples per optimizer step
     lr: Annotated[float, Range(0, open_low=True)] = 1e-3
     lr_final: Annotated[float, Range(0)] = 0.0
     warmup: Count = 0  # steps of linear warm-up
@@ -78,9 +78,7 @@ class HardwareConf:
     device: Annotated[str, Choices("auto", "cpu", "cuda")] = "auto"
     precision: Annotated[str, Choices("fp32", "bf16")] = "fp32"
     backend: str = "auto"  # kernel backend: auto, torch, reference
-    devices: Positive = 1
-    nodes: Positive = 1
-    micro_batch: Count = 0  # samples per device and forward pass, 0: the whole share of global_batch
+    micro_batch: Count = 0  # samples per forward pass, 0: the whole global_batch
     workers: Count = 0  # data loader processes
     threads: Count = 0  # CPU threads of torch, 0: all cores
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Iterable
@@ -23,11 +24,22 @@ from toolkit.schema import HardwareConf, LogConf, RunConf, StageConf
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
+def refuse_several_processes() -> None:
+    """A run is one process on one device; a launcher that starts several would repeat it in each."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: a run trains on one device; start it without torchrun, "
+            "and use the other devices for other rows (CUDA_VISIBLE_DEVICES=1 python -m toolkit.run ...)"
+        )
+
+
 def device_of(hardware: HardwareConf) -> torch.device:
     """The device that `hardware.device` asks for; asking for an absent one is an error."""
     available = torch.cuda.is_available()
     if hardware.device == "cuda" and not available:
-        raise ValueError("hardware.device=cuda, but torch sees no CUDA device here; write hardware.device=cpu")
+        raise ValueError(
+            "hardware.device=cuda, but torch sees no CUDA device here; write hardware.device=cpu"
+        )
     return torch.device("cuda" if available and hardware.device != "cpu" else "cpu")
 
 
@@ -51,7 +63,9 @@ def prepare(hardware: HardwareConf, seed: int) -> None:
 def stage_steps(stage: StageConf, n_samples: int, *, name: str) -> int:
     """Optimizer steps of a stage: `steps`, or as many as `epochs` passes over n_samples take."""
     if stage.steps and stage.epochs:
-        raise ValueError(f"stages.{name}: steps={stage.steps} and epochs={stage.epochs:g} are both set; set one to 0")
+        raise ValueError(
+            f"stages.{name}: steps={stage.steps} and epochs={stage.epochs:g} are both set; set one to 0"
+        )
     steps = stage.steps or math.ceil(stage.epochs * math.ceil(n_samples / stage.global_batch))
     if not steps:
         raise ValueError(f"stages.{name}: steps and epochs are both 0; write stages.{name}.steps=1000")
@@ -59,14 +73,11 @@ def stage_steps(stage: StageConf, n_samples: int, *, name: str) -> int:
 
 
 def micro_batch(stage: StageConf, hardware: HardwareConf, *, name: str) -> int:
-    """Samples per device and forward pass; devices and accumulation together make the global batch."""
-    ranks = hardware.devices * hardware.nodes
-    share, rest = divmod(stage.global_batch, ranks)
-    size = hardware.micro_batch or share
-    if rest or share % size:
+    """Samples per forward pass; as many as make the global batch are accumulated."""
+    size = hardware.micro_batch or stage.global_batch
+    if stage.global_batch % size:
         raise ValueError(
-            f"stages.{name}.global_batch={stage.global_batch} is no multiple of devices * nodes * micro_batch = "
-            f"{hardware.devices} * {hardware.nodes} * {size}; change hardware.micro_batch or global_batch"
+            f"hardware.micro_batch={size} does not divide stages.{name}.global_batch={stage.global_batch}"
         )
     return size
 
@@ -95,7 +106,6 @@ def fit_stage(
     """Trains one stage for `steps` optimizer steps; the loader yields micro batches for all of them."""
     stage = conf.stages[name]
     size = micro_batch(stage, conf.hardware, name=name)
-    ranks = conf.hardware.devices * conf.hardware.nodes
     module = StageModule(model, stage=stage, loss=conf.loss, steps=steps, first_step=first_step)
     with warnings.catch_warnings():
         # Lightning's advice for other set-ups (more workers, log folder, frozen modules in eval mode).
@@ -103,10 +113,9 @@ def fit_stage(
         trainer = L.Trainer(
             max_steps=steps,
             accelerator="gpu" if device_of(conf.hardware).type == "cuda" else "cpu",
-            devices=conf.hardware.devices,
-            num_nodes=conf.hardware.nodes,
+            devices=1,
             precision=PRECISION[conf.hardware.precision],
-            accumulate_grad_batches=stage.global_batch // (size * ranks),
+            accumulate_grad_batches=stage.global_batch // size,
             gradient_clip_val=stage.grad_clip or None,
             logger=logger,
             log_every_n_steps=conf.log.every,

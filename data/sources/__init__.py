@@ -10,15 +10,19 @@ from toolkit.register import FilePath, Range
 
 
 @register.data("easy_vqa")
-def easy_vqa(cache: Path, *, limit: Annotated[int, Range(0)] = 0) -> dict[str, Path]:
+def easy_vqa(
+    cache: Path, *, limit: Annotated[int, Range(0)] = 0, short_answer: bool = False
+) -> dict[str, Path]:
     """Easy-VQA from its Python package: 48,248 questions about 5,000 pictures of one coloured shape.
 
-    limit: pictures per split, 0 for all. Splits: train, test.
+    limit: pictures per split, 0 for all. short_answer: each question ends with LLaVA's sentence
+    "Answer the question using a single word or phrase."; all answers here are one word, so the
+    sentence only makes sequences a quarter longer. Splits: train, test.
     Raises ValueError if the package is missing.
     """
     from data.sources.from_easy_vqa import prepare
 
-    return prepare(cache, limit=limit)
+    return prepare(cache, limit=limit, short_answer=short_answer)
 
 
 @register.data("llava")

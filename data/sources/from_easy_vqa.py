@@ -15,7 +15,7 @@ from data.records import IMAGE_TAG, dump_json
 from data.shards import Record
 from data.sources.convert import converted
 
-_CONVERTER = 1  # raise it when records change
+_CONVERTER = 2  # raise it when records change
 _INSTRUCTION = "Answer the question using a single word or phrase."
 _COLORS = frozenset({"black", "blue", "brown", "gray", "green", "red", "teal", "yellow"})
 _SHAPES = frozenset({"circle", "rectangle", "triangle"})
@@ -25,15 +25,15 @@ Question = tuple[str, str, int]
 """(question, answer, picture number)"""
 
 
-def prepare(cache: Path, *, limit: int) -> dict[str, Path]:
+def prepare(cache: Path, *, limit: int, short_answer: bool) -> dict[str, Path]:
     """Split -> folder, converted into `cache` at first use."""
     if importlib.util.find_spec("easy_vqa") is None:
         raise ValueError("the data source easy_vqa needs its package: pip install 'visualrwkv-toolkit[demo]'")
     questions = {split: _questions(split) for split in ("train", "test")}
-    content = dump_json([_CONVERTER, limit, questions])
+    content = dump_json([_CONVERTER, limit, short_answer, questions])
     folder = cache / f"easy_vqa-{hashlib.sha256(content).hexdigest()[:12]}"
     return {
-        split: converted(folder / split, partial(_records, split, asked, limit), _about(limit))
+        split: converted(folder / split, partial(_records, split, asked, limit, short_answer), _about(limit))
         for split, asked in questions.items()
     }
 
@@ -70,7 +70,7 @@ def _questions(split: str) -> list[Question]:
     return sorted(zip(*read(), strict=True), key=lambda question: question[2])
 
 
-def _records(split: str, questions: list[Question], limit: int) -> Iterator[Record]:
+def _records(split: str, questions: list[Question], limit: int, short_answer: bool) -> Iterator[Record]:
     """One record per picture that has questions."""
     import easy_vqa
 
@@ -78,11 +78,12 @@ def _records(split: str, questions: list[Question], limit: int) -> Iterator[Reco
     for number, (picture, asked) in enumerate(groupby(questions, key=lambda question: question[2])):
         if limit and number == limit:
             return
-        dialogs = [_dialog(question, answer) for question, answer, _ in asked]
+        dialogs = [_dialog(question, answer, short_answer) for question, answer, _ in asked]
         meta = {"id": f"{split}-{picture}", "source": "easy_vqa", "dialogs": dialogs}
         yield meta, Path(paths[picture]).read_bytes()
 
 
-def _dialog(question: str, answer: str) -> dict[str, Any]:
-    asked = {"from": "human", "value": f"{IMAGE_TAG}\n{question}\n{_INSTRUCTION}"}
+def _dialog(question: str, answer: str, short_answer: bool) -> dict[str, Any]:
+    text = f"{IMAGE_TAG}\n{question}\n{_INSTRUCTION}" if short_answer else f"{IMAGE_TAG}\n{question}"
+    asked = {"from": "human", "value": text}
     return {"type": question_type(question), "conversations": [asked, {"from": "gpt", "value": answer}]}

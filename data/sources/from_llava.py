@@ -59,9 +59,7 @@ def _split(cache: Path, split: str, file: Path, checks: Checks) -> Path:
     return converted(out, partial(_records, file, root, checks, out, about), about)
 
 
-def _records(
-    file: Path, root: Path, checks: Checks, out: Path, about: dict[str, Any]
-) -> Iterator[Record]:
+def _records(file: Path, root: Path, checks: Checks, out: Path, about: dict[str, Any]) -> Iterator[Record]:
     """The accepted records; lists the rejects beside `out` and raises ValueError for too many."""
     rejects: list[dict[str, str]] = []
     seen: dict[str, str] = {}

@@ -36,15 +36,26 @@ def test_questions_come_in_llava_convention_with_their_type(readers):
 
     questions, answers, pictures = easy_vqa.get_test_questions()
     expected = Counter(zip(questions, answers, pictures, strict=True))
-    instruction = "\nAnswer the question using a single word or phrase."
     found = Counter()
     for example in readers["test"].all_examples():
         human, _ = example.turns
-        assert human.text.startswith("<image>\n") and human.text.endswith(instruction)
-        question = human.text.removeprefix("<image>\n").removesuffix(instruction)
+        assert human.text.startswith("<image>\n")
+        question = human.text.removeprefix("<image>\n")
         assert example.kind == question_type(question)
         found[question, example.gold, example.record] += 1
     assert found == expected
+
+
+@installed
+def test_short_answer_sentence_is_an_option_with_a_folder_of_its_own(tmp_path):
+    plain = sources.easy_vqa(tmp_path, limit=2)
+    asked = sources.easy_vqa(tmp_path, limit=2, short_answer=True)
+    assert plain["test"] != asked["test"]
+    sentence = "\nAnswer the question using a single word or phrase."
+    for a, b in zip(
+        ShardReader(plain["test"]).all_examples(), ShardReader(asked["test"]).all_examples(), strict=True
+    ):
+        assert b.turns[0].text == a.turns[0].text + sentence
 
 
 @installed
