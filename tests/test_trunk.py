@@ -112,7 +112,7 @@ def test_state_after_the_image_continues_the_sequence(recurrence: str) -> None:
     prompt = make_batch(model, [(2, 6, 1), (0, 9, 1), (-1, 5, 1)], dtype=torch.float64)
     prompt.lengths = batch.lengths - cut
     with torch.no_grad():
-        hidden, state = model.hidden(prompt)
+        hidden, state = model.prefill(prompt)
         rows = torch.arange(3)
         for step in range(cut):
             at = batch.lengths - cut + step

@@ -17,7 +17,7 @@ def greedy(model: VisualRWKV, batch: Batch, *, max_new_tokens: int, end_id: int)
     state, for every scan, because text after the image is never reordered. Paper: the original runs
     the whole prefix again for every token.
     """
-    hidden, state = model.hidden(batch)
+    hidden, state = model.prefill(batch)
     rows = torch.arange(hidden.shape[0], device=hidden.device)
     token = _most_likely(model, hidden[rows, batch.lengths - 1])  # [B]
     written = [token]

@@ -74,8 +74,17 @@ class VisualRWKV(nn.Module):
         flat = x.flatten(0, 1).index_copy(0, places.flatten(), vectors.flatten(0, 1).to(x.dtype))
         return flat.view(x.shape)
 
-    def hidden(self, batch: Batch) -> tuple[Tensor, State]:
-        """Normalised hidden states [B, T, D] and the state at each sample's own end."""
+    def hidden(self, batch: Batch) -> Tensor:
+        """Normalised hidden states [B, T, D], for training.
+
+        Padding follows every sample's own tokens, so it changes nothing at them; only the state after
+        the last position would be another one, and it is not used.
+        """
+        x, _ = self.rwkv(self.embed(batch), scan=self.scan, image_start=batch.image_start)
+        return x
+
+    def prefill(self, batch: Batch) -> tuple[Tensor, State]:
+        """Hidden states [B, T, D] and the state at each sample's own end, to generate from."""
         x, state = self.rwkv(
             self.embed(batch), scan=self.scan, image_start=batch.image_start, lengths=batch.lengths
         )
@@ -83,7 +92,7 @@ class VisualRWKV(nn.Module):
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits at every position, [B, T, V]: for tests and analysis; training uses `forward`."""
-        logits: Tensor = self.rwkv.head(self.hidden(batch)[0])
+        logits: Tensor = self.rwkv.head(self.hidden(batch))
         return logits
 
     def forward(self, batch: Batch, *, l2: str = "none") -> Answers:
@@ -92,7 +101,7 @@ class VisualRWKV(nn.Module):
         l2: where the L2 term acts: "none", "answers" (the rows computed anyway), or "all" positions
         as in the original, for which the head runs on every position.
         """
-        x, _ = self.hidden(batch)
+        x = self.hidden(batch)
         asked = (batch.labels[:, 1:] != IGNORE) & (batch.weight > 0).unsqueeze(1)  # [B, T-1]
         sample = asked.nonzero()[:, 0]  # [M]
         targets = batch.labels[:, 1:][asked]  # [M]
