@@ -1,4 +1,4 @@
-"""Greedy generation: equal to recomputing everything for each token, for every recurrence, scan and prompt end."""
+"""Greedy generation: equal to recomputing everything for each token, for every recurrence and scan."""
 
 from __future__ import annotations
 

@@ -104,9 +104,26 @@ def test_the_same_command_trains_nothing_twice_and_the_same_seed_gives_the_same_
     assert (other / "metrics.csv").read_text() != (folder / "metrics.csv").read_text()
 
 
-def test_two_stages_train_their_parts_and_count_steps_through(tmp_path: Path, cache: Path) -> None:
-    align = "+stages.align={train: [proj], freeze: [encoder], steps: 2, global_batch: 4, prompt: prefix}"
-    assert launch(tmp_path, cache, align, "stages.tune.freeze=[rwkv.emb]") == 0
+TWO_STAGES = """\
+# Two stages: the projector alone, then all but the embedding.
+defaults:
+  - /recipe/quickstart
+stages:
+  align: {order: -1, train: [proj], freeze: [encoder], steps: 2, global_batch: 4, prompt: prefix}
+  tune: {freeze: [rwkv.emb]}
+"""
+
+
+def test_two_stages_train_their_parts_and_count_steps_through(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "two_stages.yaml").write_text(TWO_STAGES)
+    monkeypatch.setenv("TOOLKIT_RECIPES", str(tmp_path / "recipes"))
+    with caplog.at_level("INFO", logger="toolkit.train"):
+        assert launch(tmp_path, cache, "recipe=two_stages") == 0
+    finished = [m for m in caplog.messages if m.startswith(("align 2/2", "tune 3/3"))]
+    assert [m.split()[0] for m in finished] == ["align", "tune"]
     folder = only(tmp_path / "runs")
     rows = list(csv.DictReader((folder / "metrics.csv").open()))
     assert [int(float(r["step"])) for r in rows] == [0, 1, 2, 3, 4]
@@ -114,6 +131,67 @@ def test_two_stages_train_their_parts_and_count_steps_through(tmp_path: Path, ca
     weights = load_file(folder / "checkpoints" / "last" / "model.safetensors")
     # The embedding was never trained: it keeps the initial U(-1e-4, 1e-4).
     assert float(weights["rwkv.emb.weight"].abs().max()) <= 1e-4
+
+
+@pytest.fixture
+def llava(tmp_path: Path) -> list[str]:
+    """A few LLaVA records: two rounds, one round, text only; and the words that name them."""
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    records: list[dict[str, Any]] = []
+    for i in range(6):
+        Image.new("RGB", (40 + i, 30), (40 * i, 0, 200)).save(tmp_path / "images" / f"{i}.png")
+        turns = [("human", "<image>\nWhich?"), ("gpt", f"number {i}"), ("human", "Sure?"), ("gpt", "yes")]
+        picture: dict[str, Any] = {"image": f"{i}.png"}
+        if i == 5:
+            turns, picture = [("human", "What is 1 + 1?"), ("gpt", "2")], {}
+        talk = [{"from": who, "value": text} for who, text in turns[: 4 if i % 2 else 2]]
+        records.append({"id": str(i), "conversations": talk, **picture})
+    (tmp_path / "all.json").write_text(json.dumps(records))
+    return [
+        "data=llava",
+        f"data.images={tmp_path / 'images'}",
+        f"data.train={tmp_path / 'all.json'}",
+        f"data.test={tmp_path / 'all.json'}",
+    ]
+
+
+@pytest.mark.parametrize("encoder", ["conv", "fused", "lite0", "blank"])
+def test_llava_data_with_the_world_vocabulary(tmp_path: Path, llava: list[str], encoder: str) -> None:
+    """Pictures of several sizes, text-only samples, several rounds, several inputs per picture."""
+    members = "[{name: patch, image_size: 32, patch: 8}, {name: conv, image_size: 64}]"
+    fused = [f"encoder.members={members}"] if encoder == "fused" else []
+    small = [word for word in TINY if not word.startswith(("encoder", "data", "eval"))]
+    other = ["loss.l2=all", "loss.reduction=batch", "hardware.micro_batch=4", "model.vocab=world"]
+    paths = [f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
+    assert run.main([*small, *llava, f"encoder={encoder}", *fused, *other, *paths]) == 0
+    folder = only(tmp_path / "runs")
+    result = read(folder / "result.json")
+    assert result["n"] == 6 and result["vocabulary"] == 65536
+    rows = [json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text().splitlines()]
+    assert [row["gold"] for row in rows] == ["number 0", "yes", "number 2", "yes", "number 4", "2"]
+
+
+def test_workers_read_what_one_process_reads(tmp_path: Path, llava: list[str]) -> None:
+    small = [word for word in TINY if not word.startswith(("data", "eval"))]
+    found = {}
+    for workers in (0, 2):
+        paths = [f"paths.runs={tmp_path / str(workers)}", f"paths.cache={tmp_path / 'cache'}"]
+        assert run.main([*small, *llava, f"hardware.workers={workers}", *paths]) == 0
+        found[workers] = (only(tmp_path / str(workers)) / "metrics.csv").read_text()
+    assert found[0] == found[2]
+
+
+def test_overlong_samples_are_refused_or_cut(
+    tmp_path: Path, llava: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [word for word in TINY if not word.startswith(("data", "eval"))]
+    paths = [f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
+    words = [*small, *llava, *paths, "model.ctx_len=22", "prompt=prefix"]
+    assert run.main(words) == 1
+    assert "model.ctx_len=22; set model.ctx_len=" in capsys.readouterr().err
+    assert run.main([*words, "model.overlong=cut", "eval.split=train", "eval.limit=1"]) == 0
 
 
 def test_a_learned_encoder_that_never_learns_is_refused(

@@ -102,6 +102,7 @@ def on_meta() -> Iterator[None]:
 def from_dict(cfg: Mapping[str, Any]) -> RunConf:
     """A resolved plain config -> typed settings; component nodes stay plain dictionaries."""
     conf: RunConf = _fill(RunConf, cfg)
+    conf.stages = dict(sorted(conf.stages.items(), key=lambda item: item[1].order))
     return conf
 
 

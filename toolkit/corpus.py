@@ -20,6 +20,7 @@ from toolkit.contracts import ImageFeatures, Prompt, Text
 from toolkit.explain import closest
 from toolkit.lit import move
 from toolkit.model import VisualRWKV
+from toolkit.progress import Ticker
 from toolkit.schema import RunConf
 
 log = logging.getLogger("toolkit.data")
@@ -68,7 +69,13 @@ class Corpus:
 
         return {
             split: build_features(
-                reader, encode, transform, where=where, folder=self.cache / "features", encoder_id=identity
+                reader,
+                encode,
+                transform,
+                where=where,
+                folder=self.cache / "features",
+                encoder_id=identity,
+                progress=Ticker(f"features {split}", len(reader)),
             )
             for split, reader in self.readers.items()
         }

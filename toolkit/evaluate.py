@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -16,6 +16,7 @@ from toolkit.generate import greedy
 from toolkit.lit import to_device
 from toolkit.metrics import Prediction
 from toolkit.model import VisualRWKV
+from toolkit.progress import Ticker
 
 
 def answer_all(
@@ -27,13 +28,10 @@ def answer_all(
     max_new_tokens: int,
     device: torch.device,
     bf16: bool,
-    tick: Callable[[int], None] = lambda n: None,
 ) -> list[Prediction]:
-    """One prediction per example, joined by key; a missing or repeated key is an error, never a number.
-
-    tick: told how many examples each batch answered.
-    """
+    """One prediction per example, joined by key; a missing or repeated key is an error, never a number."""
     model.eval()
+    tick = Ticker("answers", len(examples))
     texts: dict[str, str] = {}
     cast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
     for batch in batches:
@@ -45,7 +43,7 @@ def answer_all(
             if key in texts:
                 raise ValueError(f"two predictions for {key}; keys of an evaluation split must be unique")
             texts[key] = trim_answer(tokenizer.decode(row))
-        tick(len(batch.keys))
+        tick(len(texts))
     missing = [e.key for e in examples if e.key not in texts]
     if missing or len(texts) != len(examples):
         raise ValueError(f"{len(missing)} examples without a prediction, the first {missing[:3]}")

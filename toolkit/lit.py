@@ -37,7 +37,8 @@ class StageModule(L.LightningModule):
         answers = self.model(batch, l2=self.loss.l2)
         loss = lm_loss(answers, reduction=self.loss.reduction)
         done = self.first_step + self.global_step
-        self.log_dict({"loss": loss.detach(), "lr": self._rate(), "step": float(done)}, prog_bar=False)
+        self.log("loss", loss.detach(), prog_bar=True)
+        self.log_dict({"lr": self._rate(), "step": float(done)})
         return loss
 
     def _rate(self) -> float:

@@ -16,6 +16,20 @@ INTERVAL = 10.0
 """Seconds between two plain lines."""
 
 
+class Ticker:
+    """`features train 1,280/4,000`: what else takes time, at its start and every INTERVAL seconds."""
+
+    def __init__(self, name: str, total: int) -> None:
+        self.name, self.total = name, total
+        self.spoke = time.monotonic()
+        log.info("%s 0/%s", name, f"{total:,}")
+
+    def __call__(self, done: int, total: int = 0) -> None:
+        if time.monotonic() - self.spoke >= INTERVAL:
+            self.spoke = time.monotonic()
+            log.info("%s %s/%s", self.name, f"{done:,}", f"{self.total:,}")
+
+
 class PlainProgress(L.Callback):
     """`tune 500/2000  loss 0.521  24.1 steps/s  62 s left`, every INTERVAL seconds and at the end."""
 
@@ -39,6 +53,23 @@ class PlainProgress(L.Callback):
             )
 
 
+class StageBar(RichProgressBar):
+    """Lightning's rich bar, headed by the stage's name (an epoch number says nothing here)."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(leave=True)
+        self.name = name
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return self.name
+
+    def get_metrics(
+        self, trainer: L.Trainer, pl_module: L.LightningModule
+    ) -> dict[str, int | str | float | dict[str, float]]:
+        shown = super().get_metrics(trainer, pl_module)
+        return {key: value for key, value in shown.items() if key != "v_num"}
+
+
 def bar(name: str) -> L.Callback:
     """A rich bar on a terminal, plain lines elsewhere."""
-    return RichProgressBar() if sys.stdout.isatty() else PlainProgress(name)
+    return StageBar(name) if sys.stdout.isatty() else PlainProgress(name)

@@ -38,6 +38,7 @@ class StageConf:
 
     train: list[str] = field(default_factory=lambda: ["proj", "rwkv"])  # parameter-name prefixes that learn
     freeze: list[str] = field(default_factory=list)  # prefixes taken out of `train` again, e.g. rwkv.emb
+    order: int = 0  # stages run by rising order; equal ones as named, the scale's before the recipe's
     split: str = "train"  # split of the data source
     prompt: str = ""  # registered prompt for this stage; empty: the recipe's
     steps: Count = 1000  # optimizer steps; 0 with epochs set

@@ -118,7 +118,7 @@ def fit_stage(
             accumulate_grad_batches=stage.global_batch // size,
             gradient_clip_val=stage.grad_clip or None,
             logger=logger,
-            log_every_n_steps=conf.log.every,
+            log_every_n_steps=min(conf.log.every, steps),
             callbacks=[bar(name)],
             default_root_dir=folder,
             enable_progress_bar=sys.stdout.isatty(),
