@@ -48,8 +48,8 @@ def markdown(facts: dict[str, Any]) -> str:
     lines = [
         "# Whole runs from a cold cache",
         "",
-        "`python -m benchmarks.quickstart`; wall time of the process: imports, conversion, features, training,",
-        "evaluation on all 9,673 test questions of easy-VQA. One run each, seed 0.",
+        "`python -m benchmarks.quickstart`: imports, conversion, features, training and evaluation",
+        "on all 9,673 test questions of easy-VQA. One run each, seed 0.",
         "",
         f"{facts['date']}, {facts['cores']} cores of {facts['processor']}, "
         + ", ".join(f"{k} {facts['versions'][k]}" for k in ("python", "torch", "lightning", "timm")),

@@ -6,7 +6,6 @@ import pytest
 
 from toolkit import run
 
-
 CLIP_L = 303_505_408
 """ViT-L/14 at 336 px without the norm after its last block, which the model does not read."""
 
