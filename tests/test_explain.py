@@ -329,8 +329,8 @@ SLIPS = [
         line(2),
         "stages.tune.freeze",
         "",
-        ("layers 0 to 1",),
-        file="stages: {tune: {freeze: [rwkv.blocks.2]}}",
+        ("layers 0 to 2",),
+        file="stages: {tune: {freeze: [rwkv.blocks.3]}}",
     ),
     Slip(
         "prompt of a stage", line(2), "stages.tune.prompt", "prefix", file="stages: {tune: {prompt: prefx}}"
@@ -421,8 +421,8 @@ SLIPS = [
         L,
         "hardware.micro_batch",
         "",
-        ("24 does not divide stages.tune.global_batch=64", "hardware.micro_batch=16"),
-        words="hardware.micro_batch=24",
+        ("36 does not divide stages.tune.global_batch=48", "hardware.micro_batch=24"),
+        words="hardware.micro_batch=36",
     ),
     Slip(
         "required paths",
