@@ -226,7 +226,7 @@ def _draw_ours(axes: Any, rows: list[Row], names: list[str]) -> None:
     axes.set_xlim(-0.6, len(rows) - 0.4)
     axes.set_ylim(0, 108)
     axes.set_ylabel("exact match (%)")
-    axes.set_title("this run", fontsize=9)
+    axes.set_title("ours", fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
 
 
