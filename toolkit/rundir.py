@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from importlib import metadata
@@ -138,10 +137,3 @@ def _git(*arguments: str) -> str:
         return ""
     done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
-
-
-def console() -> Any:
-    """One rich console for the process, plain where the output is no terminal."""
-    from rich.console import Console
-
-    return Console(file=sys.stdout, highlight=False, soft_wrap=True)
