@@ -184,7 +184,10 @@ def test_workers_read_what_one_process_reads(tmp_path: Path, llava: list[str]) -
 
 
 def test_overlong_samples_are_refused_or_cut(
-    tmp_path: Path, llava: list[str], capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    llava: list[str],
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     small = [word for word in TINY if not word.startswith(("data", "eval"))]
     paths = [f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
@@ -192,6 +195,14 @@ def test_overlong_samples_are_refused_or_cut(
     assert run.main(words) == 1
     assert "model.ctx_len=22; set model.ctx_len=" in capsys.readouterr().err
     assert run.main([*words, "model.overlong=cut", "eval.split=train", "eval.limit=1"]) == 0
+    folder = next(f for f in (tmp_path / "runs").glob("*-s0-*") if (f / "result.json").exists())
+    assert read(folder / "result.json")["left_out"] == 0
+    # So short that answers are cut off: those samples are left out, counted and told.
+    short = [*words, "model.ctx_len=14", "model.overlong=cut", "eval.limit=1", "seed=5"]
+    with caplog.at_level("WARNING", logger="toolkit.run"):
+        assert run.main(short) == 0
+    counted = read(only(tmp_path / "runs", "*-s5-*") / "result.json")["left_out"]
+    assert counted > 0 and any(f"{counted} overlong samples" in m for m in caplog.messages)
 
 
 def test_a_learned_encoder_that_never_learns_is_refused(

@@ -13,9 +13,6 @@ from toolkit.model import VisualRWKV
 from toolkit.schema import RunConf
 from toolkit.trunk import LanguageModel
 
-WORLD_VOCAB = 65536
-"""Rows of the embedding and the head of released RWKV-World models."""
-
 
 def build_model(conf: RunConf, *, vocab_size: int) -> VisualRWKV:
     """Builds the model that `conf` describes, on torch's default device.

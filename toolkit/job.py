@@ -17,6 +17,7 @@ from data.floors import blind, majority
 from data.loader import eval_loader, train_loader
 from data.plan import Plan
 from data.records import Example
+from data.tokens import WorldTokenizer
 from toolkit import checkpoint, metrics
 from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
 from toolkit.corpus import Corpus
@@ -85,7 +86,7 @@ def execute(conf: RunConf, run: RunDir) -> dict[str, Any]:
     with Timer(facts, "feature_seconds"):
         features = corpus.features(model, device)
     with Timer(facts, "train_seconds"):
-        facts["steps"] = train(conf, run, corpus, model, features, parts)
+        facts |= train(conf, run, corpus, model, features, parts)
     with Timer(facts, "eval_seconds"):
         predictions = evaluate(conf, corpus, model, features, device)
     write_text(run.predictions / f"{conf.eval.split}.jsonl", as_jsonl(predictions))
@@ -122,14 +123,18 @@ def learning_parts(conf: RunConf, model: VisualRWKV) -> list[str]:
 
 def train(
     conf: RunConf, run: RunDir, corpus: Corpus, model: VisualRWKV, features: dict[str, Any], parts: list[str]
-) -> int:
-    """All stages, one `fit` each; returns the optimizer steps done. Finished training is not repeated."""
+) -> dict[str, int]:
+    """All stages, one `fit` each; finished training is not repeated.
+
+    Returns the optimizer steps done and how often an overlong sample, cut to nothing that could be
+    learned, was served with weight 0 (`model.overlong=cut`).
+    """
     if run.weights.exists():
         facts = checkpoint.load(run.weights, model)
         log.info("training was finished before: weights from %s", run.weights)
-        return int(facts["steps"])
+        return {key: int(facts[key]) for key in ("steps", "left_out")}
     logger = loggers(run.path, conf.log)
-    total = 0
+    total = left_out = 0
     for name, stage in conf.stages.items():
         select_trainable(model, stage.train, stage.freeze, stage=name)
         model.train()
@@ -150,8 +155,12 @@ def train(
             model, loader, name=name, conf=conf, steps=steps, first_step=total, logger=logger, folder=run.path
         )
         total += steps
-    checkpoint.save(run.weights, model, parts=parts, facts={"steps": total})
-    return total
+        left_out += dataset.left_out
+    if left_out:
+        log.warning("%d overlong samples had no answer within model.ctx_len and were left out", left_out)
+    done = {"steps": total, "left_out": left_out}
+    checkpoint.save(run.weights, model, parts=parts, facts=done)
+    return done
 
 
 def examples(
@@ -207,7 +216,7 @@ def check(cfg: Mapping[str, Any]) -> dict[str, Any]:
     conf = from_dict(cfg)
     world = conf.model.vocab == "world"
     with on_meta():
-        model = build_model(conf, vocab_size=65536 if world else 1)
+        model = build_model(conf, vocab_size=WorldTokenizer.size if world else 1)
     stages = {}
     for name, stage in conf.stages.items():
         select_trainable(model, stage.train, stage.freeze, stage=name)

@@ -59,7 +59,7 @@ class FeatureConf:
     """Whether a frozen encoder's features are computed once per picture and kept."""
 
     cache: Annotated[str, Choices("auto", "memory", "disk", "off")] = "auto"
-    limit_mb: Positive = 4096  # auto keeps features in memory up to this size, else computes them each time
+    limit_mb: Positive = 4096  # auto keeps features on disk up to this size, else computes them in each step
 
 
 @dataclass
