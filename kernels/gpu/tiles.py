@@ -1,0 +1,149 @@
+"""Tile helpers of the WKV-5/6 kernels: loading, products of the wanted exactness, sums over time.
+
+Products. With SPLIT (bfloat16 inputs) a float32 operand is written as the sum of two bfloat16 numbers and
+the product as two or three tensor-core products: relative error about 2^-17, where one bfloat16 product has
+2^-9 and tf32 2^-11 (truncated). Inputs as they were given are exact in one part. Without SPLIT (float32 and
+float16 inputs) operands are float32 and a product is `tf32x3`, about 2^-21.
+
+Sums over time are products with a 0/1 matrix, so a sum over any interval is formed directly and never as a
+difference of two longer sums: decays of e^-10000 beside decays of 1 cost no digits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def span(cu, lengths, seq, T, PACKED: tl.constexpr, HAS_LEN: tl.constexpr):
+    """(row of the batch, first step, number of steps) of sequence `seq`."""
+    if PACKED:
+        first = tl.load(cu + seq).to(tl.int64)
+        return seq * 0, first, (tl.load(cu + seq + 1).to(tl.int64) - first).to(tl.int32)
+    elif HAS_LEN:
+        return seq, (seq * 0).to(tl.int64), tl.load(lengths + seq).to(tl.int32)
+    else:
+        return seq, (seq * 0).to(tl.int64), seq * 0 + T
+
+
+@triton.jit
+def load_tile(base, row, n, stride, N: tl.constexpr, L: tl.constexpr):
+    """Rows row..row+L of a [T, N] array with `stride` elements between rows; zeros from row n on."""
+    t = row + tl.arange(0, L)
+    where = t.to(tl.int64)[:, None] * stride + tl.arange(0, N)[None, :]
+    return tl.load(base + where, mask=(t < n)[:, None], other=0.0)  # [L, N]
+
+
+@triton.jit
+def store_tile(base, row, n, stride, x, N: tl.constexpr, L: tl.constexpr):
+    """The inverse of `load_tile`."""
+    t = row + tl.arange(0, L)
+    where = t.to(tl.int64)[:, None] * stride + tl.arange(0, N)[None, :]
+    tl.store(base + where, x.to(base.dtype.element_ty), mask=(t < n)[:, None])
+
+
+@triton.jit
+def square(N: tl.constexpr):
+    """Offsets of a [V, K] tile in a [V][K] buffer."""
+    return tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+
+
+@triton.jit
+def square_t(N: tl.constexpr):
+    """Offsets of a [V, K] tile in the public [K][V] state."""
+    return tl.arange(0, N)[:, None] + tl.arange(0, N)[None, :] * N
+
+
+@triton.jit
+def mm(a, b, SPLIT: tl.constexpr):
+    """a @ b of two float32 tiles."""
+    if SPLIT:
+        ah = a.to(tl.bfloat16)
+        bh = b.to(tl.bfloat16)
+        al = (a - ah.to(tl.float32)).to(tl.bfloat16)
+        bl = (b - bh.to(tl.float32)).to(tl.bfloat16)
+        c = tl.dot(al, bh)
+        c = tl.dot(ah, bl, c)
+        return tl.dot(ah, bh, c)
+    else:
+        return tl.dot(a, b, input_precision="tf32x3")
+
+
+@triton.jit
+def mm_left(a, b, SPLIT: tl.constexpr):
+    """a @ b, a an input tile as it was given (exact in one part), b float32."""
+    if SPLIT:
+        bh = b.to(tl.bfloat16)
+        bl = (b - bh.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(a, bh, tl.dot(a, bl))
+    else:
+        return tl.dot(a.to(tl.float32), b, input_precision="tf32x3")
+
+
+@triton.jit
+def mm_right(a, b, SPLIT: tl.constexpr):
+    """a @ b, a float32, b an input tile as it was given."""
+    if SPLIT:
+        ah = a.to(tl.bfloat16)
+        al = (a - ah.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(ah, b, tl.dot(al, b))
+    else:
+        return tl.dot(a, b.to(tl.float32), input_precision="tf32x3")
+
+
+@triton.jit
+def mm_both(a, b, SPLIT: tl.constexpr):
+    """a @ b of two input tiles."""
+    if SPLIT:
+        return tl.dot(a, b)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="tf32x3")
+
+
+@triton.jit
+def over_time(mask, x, EXACT: tl.constexpr, SPLIT: tl.constexpr):
+    """mask @ x: for each row the sum of the rows of x that the boolean mask [L, L] picks.
+
+    EXACT: x is bfloat16 as it was given; otherwise float32 in three parts (24 bits).
+    """
+    if SPLIT:
+        m = mask.to(tl.bfloat16)
+        if EXACT:
+            return tl.dot(m, x)
+        else:
+            hi = x.to(tl.bfloat16)
+            rest = x - hi.to(tl.float32)
+            mid = rest.to(tl.bfloat16)
+            lo = (rest - mid.to(tl.float32)).to(tl.bfloat16)
+            return tl.dot(m, hi, tl.dot(m, mid, tl.dot(m, lo)))
+    else:
+        return tl.dot(mask.to(tl.float32), x.to(tl.float32), input_precision="tf32x3")
+
+
+@triton.jit
+def over_time_grad(mask, x, SPLIT: tl.constexpr):
+    """`over_time` in two parts (16 bits), for gradients."""
+    return mm_left(mask.to(tl.bfloat16) if SPLIT else mask.to(tl.float32), x, SPLIT)
+
+
+@triton.jit
+def level_sum(i, j, level):
+    """[L, L] mask of the doubling level: which decays lie between step i and the middle of its block.
+
+    A block of 2^(level+1) steps has its middle behind its left half. A step of the right half looks back
+    to the middle, one of the left half ahead to it.
+    """
+    same = (i >> (level + 1)) == (j >> (level + 1))
+    right_i = ((i >> level) & 1) == 1
+    right_j = ((j >> level) & 1) == 1
+    return same & (right_i == right_j) & ((right_i & (j < i)) | ((right_i == 0) & (j > i)))
+
+
+@triton.jit
+def level_pairs(i, j, level):
+    """[L, L] mask of the pairs whose lowest common block is at `level`: i in its right half, j in its left."""
+    same = (i >> (level + 1)) == (j >> (level + 1))
+    return same & (((i >> level) & 1) == 1) & (((j >> level) & 1) == 0)
