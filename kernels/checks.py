@@ -46,13 +46,13 @@ def check_weight(op: str, name: str, x: Tensor, shape: Sequence[int], axes: str,
     check_device(op, name, x, like)
 
 
-def check_log_w(op: str, log_w: Tensor, valid: Tensor | None) -> None:
-    """In debug mode: the decay is a logarithm, so no entry (of a `valid` [B,T] step) is above zero."""
+def check_log_w(op: str, log_w: Tensor, lengths: Tensor | None) -> None:
+    """In debug mode: the decay is a logarithm, so no entry (of a step within `lengths`) is above zero."""
     if not _debug:
         return
     seen = log_w.detach()
-    if valid is not None and seen.dim() == 4:
-        seen = seen[valid]
+    if lengths is not None and seen.dim() == 4:
+        seen = seen[torch.arange(seen.shape[1], device=seen.device) < lengths.unsqueeze(1)]
     if bool((seen > 0).any()):
         raise ValueError(
             f"{op}: log_w has an entry of {float(seen.max()):.4g}; it is the logarithm of the decay "
@@ -80,8 +80,36 @@ def check_lengths(op: str, lengths: Tensor | None, like: Tensor) -> None:
             f"expected int64 [{batch}]"
         )
     check_device(op, "lengths", lengths, like)
-    if (_debug or not lengths.is_cuda) and bool(((lengths < 0) | (lengths > time)).any()):
+    if _readable(lengths) and bool(((lengths < 0) | (lengths > time)).any()):
         raise ValueError(f"{op}: lengths holds {lengths.tolist()}; each must lie in 0..{time}")
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, lengths: Tensor | None, like: Tensor) -> None:
+    """`cu_seqlens` [S+1] holds the borders 0 <= ... <= T of packed sequences, `like` is [1, T, ...].
+
+    The values are read on CPUs and in debug mode only.
+    """
+    batch, time = like.shape[:2]
+    if lengths is not None:
+        raise ValueError(f"{op}: both lengths and cu_seqlens are given; packed sequences have no padding")
+    if batch != 1:
+        raise ValueError(f"{op}: cu_seqlens needs packed inputs [1, T, ...]; the batch size is {batch}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"{op}: cu_seqlens is {_name(cu_seqlens.dtype)} of shape {list(cu_seqlens.shape)}; "
+            "expected int32 or int64 [S + 1] with S >= 1"
+        )
+    check_device(op, "cu_seqlens", cu_seqlens, like)
+    if not _readable(cu_seqlens):
+        return
+    borders = cu_seqlens.tolist()
+    if borders[0] != 0 or borders[-1] != time or borders != sorted(borders):
+        raise ValueError(f"{op}: cu_seqlens holds {borders}; expected rising borders from 0 to T = {time}")
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether checking values costs nothing that matters: never while tracing, on GPUs in debug mode."""
+    return not torch.compiler.is_compiling() and (_debug or not x.is_cuda)
 
 
 def check_device(op: str, name: str, x: Tensor, like: Tensor) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import kernels
 
@@ -29,7 +30,7 @@ class Case:
     to_y: Tensor
     to_state: Tensor
     lengths: Tensor | None = None
-    results: dict[str, Tensor] = field(default_factory=dict)
+    borders: Tensor | None = None
 
 
 def make(
@@ -71,13 +72,39 @@ def run(
     for name, x in case.inputs.items():
         kind = sequence_dtype if sequence_dtype is not None and name in "rkv" else dtype
         leaves[name] = x.detach().to(kind, copy=True).requires_grad_()
-    y, last = getattr(kernels, case.op)(**leaves, lengths=case.lengths, backend=backend)
+    sizes = {"lengths": case.lengths, "cu_seqlens": case.borders}
+    y, last = getattr(kernels, case.op)(**leaves, **sizes, backend=backend)
     loss = (y.double() * case.to_y).sum() + (last.double() * case.to_state).sum()
     loss.backward()
     found = {"y": y.detach().double(), "last": last.detach().double()}
     for name, x in leaves.items():
         assert x.grad is not None, name
         found[f"d{name}"] = x.grad.double()
+    return found
+
+
+def run_packed(
+    case: Case,
+    backend: str,
+    dtype: torch.dtype,
+    sequence_dtype: torch.dtype | None = None,
+    *,
+    index: torch.dtype = torch.int64,
+) -> dict[str, Tensor]:
+    """`run` with the batch handed over packed; the results come back padded with zeros, as `run`'s."""
+    assert case.lengths is not None
+    sequences = [name for name, x in case.inputs.items() if x.dim() >= 3 and name != "state"]
+    live = torch.arange(case.to_y.shape[1]) < case.lengths.cpu()[:, None]  # [B, T]
+    live = live.to(case.to_y.device)
+    packed = Case(case.op, dict(case.inputs), case.to_y[live][None], case.to_state)
+    for name in sequences:
+        packed.inputs[name] = case.inputs[name][live][None]
+    packed.borders = F.pad(case.lengths.cumsum(0), (1, 0)).to(index)
+    found = run(packed, backend, dtype, sequence_dtype)
+    for name in ("y", *(f"d{name}" for name in sequences)):
+        padded = torch.zeros_like(case.to_y)
+        padded[live] = found[name][0]
+        found[name] = padded
     return found
 
 

@@ -56,16 +56,104 @@ def test_use_restores_after_an_error() -> None:
 
 
 def test_unknown_backends_are_refused() -> None:
-    with pytest.raises(ValueError, match="no kernel backend 'cuda'; known: auto, torch, reference"):
+    with pytest.raises(ValueError, match="no kernel backend 'cuda'; known: auto, triton, torch, reference"):
         call("wkv6", backend="cuda")
-    with pytest.raises(ValueError, match="there is no Triton backend in this version; write 'auto'"):
-        kernels.set_backend("triton")
-    assert kernels.backends()["torch"] == "" and "no Triton" in kernels.backends()["triton"]
+    with pytest.raises(ValueError, match="no kernel backend 'cpu'; known: auto, triton"):
+        kernels.set_backend("cpu")
+    assert kernels.backends()["torch"] == kernels.backends()["reference"] == ""
 
 
-def test_every_backend_has_every_operator() -> None:
+def test_every_operator_has_every_backend() -> None:
     for op in OPS:
-        assert {name for name, why in kernels.backends().items() if not why} == set(dispatch._TABLE[op])
+        assert list(dispatch._TABLE[op]) == ["reference", "torch", "triton"]
+
+
+def test_triton_on_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"'triton' cannot run: wkv6: the tensors are on cpu.*write 'auto'"):
+        call("wkv6", backend="triton")
+    with pytest.raises(ValueError, match=r"'triton' cannot run: the tensors are on cpu.* or 'torch'"):
+        kernels.set_backend("triton", torch.device("cpu"))
+    call("wkv6")
+    assert kernels.chosen() == {"wkv6": "torch"}
+
+
+def test_triton_without_the_package_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    with pytest.raises(ValueError, match="the package triton is not installed; write 'auto' or 'torch'"):
+        kernels.set_backend("triton")
+    assert kernels.backends()["triton"] == "the package triton is not installed"
+
+
+def test_triton_on_an_old_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    dispatch._too_old.cache_clear()
+    with pytest.raises(ValueError, match=r"compute capability 7\.5 and 8\.0 is the oldest that works"):
+        kernels.set_backend("triton", torch.device("cuda"))
+    dispatch._too_old.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("op", "size", "dtype", "message"),
+    [
+        ("wkv6", 16, torch.float64, "wkv6: the inputs are float64"),
+        ("wkv5", 8, torch.float32, "wkv5: the head size is 8, not one of 16, 32, 64, 128"),
+        ("wkv6", 16, torch.bfloat16, "interpreter computes bfloat16 products wrongly"),
+    ],
+)
+def test_triton_says_what_it_cannot_take(
+    op: str, size: int, dtype: torch.dtype, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = {n: x.to(dtype) for n, x in make(op, "typical", 3, size=size, state=False).inputs.items()}
+    with pytest.raises(ValueError, match=f"{message}.*; write 'auto' or 'torch'"):
+        getattr(kernels, op)(**inputs, backend="triton")
+
+
+@pytest.mark.parametrize(("op", "name"), [("wkv4", "v"), ("wkv5", "r"), ("wkv6", "log_w")])
+def test_triton_wants_neighbouring_channels(op: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    inputs = {n: x.float() for n, x in make(op, "typical", 3, size=16).inputs.items()}
+    inputs[name] = torch.stack((inputs[name], inputs[name]), -1)[..., 0]
+    with pytest.raises(ValueError, match=rf"of {name} has stride 2 \(call {name}.contiguous\(\) first\)"):
+        getattr(kernels, op)(**inputs, backend="triton")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """A CUDA device on which Triton works, as far as the dispatch sees; and an operator `demo`."""
+    monkeypatch.setattr(dispatch, "_no_triton", lambda device: "" if device.type == "cuda" else "no GPU")
+    backends = {"torch": max, "triton": "operator:add"}
+    monkeypatch.setitem(dispatch._TABLE, "demo", backends)
+    return torch.device("cuda")
+
+
+def test_auto_takes_triton_on_a_gpu(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, logger="toolkit.kernels"):
+        for _ in range(2):
+            assert dispatch.pick("demo", None, device)(2, 3) == 5
+    assert kernels.chosen() == {"demo": "triton"} and len(caplog.records) == 1
+    assert dispatch.pick("demo", None, torch.device("cpu")) is max
+
+
+def test_a_fallback_is_told_and_recorded(device: torch.device, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING, logger="toolkit.kernels"):
+        for _ in range(2):
+            assert dispatch.pick("demo", "auto", device, "the head size is 8") is max
+    assert kernels.chosen() == {"demo": "torch (not triton: the head size is 8)"}
+    assert len(caplog.records) == 1 and "not triton: the head size is 8" in caplog.text
+    with pytest.raises(ValueError, match="demo: the head size is 8; write 'auto'"):
+        dispatch.pick("demo", "triton", device, "the head size is 8")
+
+
+def test_an_operator_without_the_global_backend_runs_on_torch(device: torch.device) -> None:
+    with kernels.use("reference"):
+        assert dispatch.pick("demo", None, device) is max
+    assert kernels.chosen() == {"demo": "torch"}
+    with pytest.raises(ValueError, match="demo: has no backend 'reference'; known: auto, torch, triton"):
+        dispatch.pick("demo", "reference", device)
 
 
 @pytest.mark.parametrize(
