@@ -52,7 +52,7 @@ def test_a_run_writes_what_it_promises(tmp_path: Path, cache: Path) -> None:
     for key in ("accuracy", "n", "majority", "blind", "seconds", "recipe", "seed", "versions", "by_kind"):
         assert key in result, key
     assert result["recipe"] == "quickstart" and result["n"] == 20 and result["steps"] == 3
-    assert 0 <= result["blind"] <= 1 and result["kernels"] == {"wkv6": "torch"}
+    assert 0 <= result["blind"] <= 1 and result["kernels"]["wkv6"] == "torch"
     assert result["learning"] == ["encoder", "proj", "rwkv"]
     status = read(folder / "status.json")
     assert status["state"] == "done" and status["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -69,6 +69,17 @@ def test_a_run_writes_what_it_promises(tmp_path: Path, cache: Path) -> None:
     assert "stages:" in (folder / "config.yaml").read_text()
     vocabulary = read(folder / "vocabulary.json")
     assert vocabulary
+
+
+def test_kernels_that_cannot_run_are_refused_before_the_data_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    nowhere = tmp_path / "cache"
+    assert launch(tmp_path, nowhere, "hardware.device=cpu", "hardware.backend=triton") == 1
+    error = capsys.readouterr().err
+    assert "hardware.backend=triton: kernel backend 'triton' cannot run: " in error
+    assert "write 'auto' or 'torch'" in error and not nowhere.exists()
 
 
 def test_the_same_command_trains_nothing_twice_and_the_same_seed_gives_the_same_numbers(

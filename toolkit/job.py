@@ -27,6 +27,7 @@ from toolkit.model import VisualRWKV
 from toolkit.rundir import RunDir, provenance, write_json, write_text
 from toolkit.schema import RunConf
 from toolkit.train import (
+    choose_kernels,
     device_of,
     fit_stage,
     loggers,
@@ -75,8 +76,7 @@ def execute(conf: RunConf, run: RunDir) -> dict[str, Any]:
     """Data, model, training stages and evaluation; returns what the result tells of them."""
     device = device_of(conf.hardware)
     prepare(conf.hardware, conf.seed)
-    kernels.set_backend(conf.hardware.backend)
-    kernels.reset_chosen()
+    choose_kernels(conf.hardware, device)
     log.info("run directory %s", run.path)
     corpus = Corpus(conf)
     corpus.tokenizer.save(run.path / "vocabulary.json")

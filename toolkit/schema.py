@@ -78,7 +78,7 @@ class HardwareConf:
 
     device: Annotated[str, Choices("auto", "cpu", "cuda")] = "auto"
     precision: Annotated[str, Choices("fp32", "bf16")] = "fp32"
-    backend: str = "auto"  # kernel backend: auto, torch, reference
+    backend: Annotated[str, Choices("auto", "triton", "torch", "reference")] = "auto"  # of the kernels
     micro_batch: Count = 0  # samples per forward pass, 0: the whole global_batch
     workers: Count = 0  # data loader processes
     threads: Count = 0  # CPU threads of torch, 0: all cores

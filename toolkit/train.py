@@ -16,6 +16,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
+import kernels
 from toolkit.lit import StageModule
 from toolkit.model import VisualRWKV
 from toolkit.progress import bar
@@ -41,6 +42,15 @@ def device_of(hardware: HardwareConf) -> torch.device:
             "hardware.device=cuda, but torch sees no CUDA device here; write hardware.device=cpu"
         )
     return torch.device("cuda" if available and hardware.device != "cpu" else "cpu")
+
+
+def choose_kernels(hardware: HardwareConf, device: torch.device) -> None:
+    """Sets the kernel backend of the run and forgets what ran before; one that cannot run is an error."""
+    try:
+        kernels.set_backend(hardware.backend, device)
+    except ValueError as error:
+        raise ValueError(f"hardware.backend={hardware.backend}: {error}") from error
+    kernels.reset_chosen()
 
 
 def prepare(hardware: HardwareConf, seed: int) -> None:
