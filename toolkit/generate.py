@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary
+
 import torch
-from torch import Tensor
 
 from toolkit.contracts import Batch
+from toolkit.decode import Decoder
 from toolkit.model import VisualRWKV
+from toolkit.trunk import State
+
+_CHECK_EVERY = 16  # tokens; the host waits for the device when it looks whether all have ended
+_DECODERS: WeakKeyDictionary[VisualRWKV, Decoder] = WeakKeyDictionary()
 
 
 @torch.inference_mode()
@@ -19,21 +25,34 @@ def greedy(model: VisualRWKV, batch: Batch, *, max_new_tokens: int, end_id: int)
     """
     hidden, state = model.prefill(batch)
     rows = torch.arange(hidden.shape[0], device=hidden.device)
-    token = _most_likely(model, hidden[rows, batch.lengths - 1])  # [B]
+    token = model.rwkv.head(hidden[rows, batch.lengths - 1]).argmax(dim=-1)  # [B]
     written = [token]
     ended = token == end_id
-    for _ in range(max_new_tokens - 1):
-        if bool(ended.all()):
+    decoder: Decoder | None = None
+    for count in range(1, max_new_tokens):
+        if _looks(count) and bool(ended.all()):
             break
-        hidden, state = model.rwkv(model.rwkv.emb(token).unsqueeze(1), state=state)
-        token = _most_likely(model, hidden[:, 0])
+        if decoder is None:
+            decoder = _decoder(model, state)
+            decoder.load(token, state)
+        token = decoder.step().clone()
         ended |= token == end_id
         written.append(token)
     return [_until(row, end_id) for row in torch.stack(written, dim=1).tolist()]
 
 
-def _most_likely(model: VisualRWKV, hidden: Tensor) -> Tensor:
-    return model.rwkv.head(hidden).argmax(dim=-1)
+def _looks(count: int) -> bool:
+    """Whether to look for the end after so many tokens: often at first, for most answers are short."""
+    return count % _CHECK_EVERY == 0 or (count < _CHECK_EVERY and count & (count - 1) == 0)
+
+
+def _decoder(model: VisualRWKV, state: State) -> Decoder:
+    """The model's decoder, built anew when the batch size, the precision or the weights' place changed."""
+    found = _DECODERS.get(model)
+    if found is None or not found.fits(model.rwkv, state):
+        _DECODERS.pop(model, None)  # its memory goes before the next one's is taken
+        found = _DECODERS[model] = Decoder(model.rwkv, state)
+    return found
 
 
 def _until(ids: list[int], end_id: int) -> list[int]:

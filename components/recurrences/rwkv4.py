@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from components.recurrences import steps
 from components.recurrences.shared import ChannelMix, Ramps, last_token, linear, token_shift
 from kernels import wkv4
+from kernels.step import Late
 
 
 class TimeMix(nn.Module):
@@ -39,6 +41,10 @@ class TimeMix(nn.Module):
         log_w = -torch.exp(self.time_decay)  # [D]
         y, memory = wkv4(k, v, log_w, self.time_first, memory, lengths=lengths)
         return self.output(r * y), (last_token(x, lengths), memory), stream
+
+    def step_(self, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: tuple[Tensor, ...]) -> Late:
+        """One token in place, for generation; see `steps`."""
+        return steps.time_mix4(self, x, late, norm, state)
 
 
 class Rwkv4:

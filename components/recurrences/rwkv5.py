@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from components.recurrences import steps
 from components.recurrences.shared import (
     ChannelMix,
     HeadNorm,
@@ -17,6 +18,7 @@ from components.recurrences.shared import (
     token_shift,
 )
 from kernels import wkv5
+from kernels.step import Late
 
 
 class TimeMix(nn.Module):
@@ -57,6 +59,10 @@ class TimeMix(nn.Module):
         log_w = -torch.exp(self.time_decay)  # [H, N]
         y, memory = wkv5(r, k, v, log_w, self.time_faaaa, memory, lengths=lengths)
         return self.output(self.ln_x(y) * g), (last_token(x, lengths), memory), stream
+
+    def step_(self, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: tuple[Tensor, ...]) -> Late:
+        """One token in place, for generation; see `steps`."""
+        return steps.time_mix5(self, x, late, norm, state)
 
 
 class Rwkv5:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from components.recurrences import steps
 from components.recurrences.shared import (
     ChannelMix,
     HeadNorm,
@@ -17,10 +18,14 @@ from components.recurrences.shared import (
     token_shift,
 )
 from kernels import wkv6
+from kernels.step import Late
 
 
 class TimeMix(nn.Module):
     """Matrix state per head with a decay per token; state: (previous token [B, D], wkv [B, H, N, N])."""
+
+    matrices = ("time_maa_w1", "time_maa_w2", "time_decay_w1", "time_decay_w2")
+    """Parameters that are multiplied as matrices although they are no Linear's."""
 
     def __init__(self, ramps: Ramps, head_size: int, shift_rank: int, decay_rank: int) -> None:
         super().__init__()
@@ -76,6 +81,10 @@ class TimeMix(nn.Module):
         log_w = self.log_decay(xw).view(heads)
         y, memory = wkv6(r, k, v, log_w, self.time_faaaa, memory, lengths=lengths)
         return self.output(self.ln_x(y) * g), (last_token(x, lengths), memory), stream
+
+    def step_(self, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: tuple[Tensor, ...]) -> Late:
+        """One token in place, for generation; see `steps`."""
+        return steps.time_mix6(self, x, late, norm, state)
 
 
 class Rwkv6:

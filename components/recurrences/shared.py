@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from components.recurrences import steps
+from kernels.step import Late
+
 
 def head_size_of(d_model: int, head_size: int) -> int:
     """The head size N in use; raises ValueError if it does not divide d_model."""
@@ -125,6 +128,10 @@ class ChannelMix(nn.Module):
             xk, xr = torch.lerp(x, previous, k_mix), torch.lerp(x, previous, r_mix)
         hidden = torch.relu(self.key(xk)).square()  # [B, T, d_ffn]
         return torch.sigmoid(self.receptance(xr)) * self.value(hidden), last_token(x, lengths)
+
+    def step_(self, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: Tensor) -> Late:
+        """One token in place, for generation; see `steps`."""
+        return steps.channel_mix(self, x, late, norm, state)
 
 
 class HeadNorm(nn.GroupNorm):

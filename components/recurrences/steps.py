@@ -1,0 +1,117 @@
+"""One token of the built-in mixers: their own `forward` at T = 1, with the states updated in place.
+
+Each function is the `step_` of a mixer (`contracts`: optional). It takes the residual stream x [B, D] and
+what has still to be added to it, and returns its own output as the next such `Late` value, so that the
+addition, the LayerNorm and the token shift are one kernel. Matrix products run in the type autocast asks for.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from kernels.step import (
+    Ending,
+    Late,
+    Norm,
+    ddlerp_step_,
+    norm_shift_step_,
+    wkv4_step_,
+    wkv5_step_,
+    wkv6_step_,
+)
+
+if TYPE_CHECKING:
+    from components.recurrences import rwkv4, rwkv5, rwkv6, shared
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The type in which a Linear multiplies x here."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+
+
+def plain(norm: nn.LayerNorm) -> Norm:
+    """A LayerNorm module as a value."""
+    return Norm(norm.weight, norm.bias, norm.eps)
+
+
+def time_mix4(
+    mix: rwkv4.TimeMix, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: tuple[Tensor, ...]
+) -> Late:
+    """RWKV-4's time mix. x [B, D], state ([B, D], [B, 3, D]): both change."""
+    previous, memory = state
+    shares = (mix.time_mix_k, mix.time_mix_v, mix.time_mix_r)
+    mixed, _ = norm_shift_step_(
+        x, late, plain(norm), previous, shares, of_previous=False, dtype=product_dtype(x)
+    )
+    k, v, r = mix.key(mixed[0]), mix.value(mixed[1]), mix.receptance(mixed[2])
+    y = wkv4_step_(k, v, None, mix.time_first, memory, base=mix.time_decay, gate=r)
+    return Late(mix.output(y))
+
+
+def time_mix5(
+    mix: rwkv5.TimeMix, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: tuple[Tensor, ...]
+) -> Late:
+    """RWKV-5.2's time mix. x [B, D], state ([B, D], [B, H, N, N]): both change."""
+    previous, memory = state
+    shares = (mix.time_mix_k, mix.time_mix_v, mix.time_mix_r, mix.time_mix_g)
+    mixed, _ = norm_shift_step_(
+        x, late, plain(norm), previous, shares, of_previous=False, dtype=product_dtype(x)
+    )
+    heads = (x.shape[0], *mix.time_faaaa.shape)
+    k, v, r = mix.key(mixed[0]), mix.value(mixed[1]), mix.receptance(mixed[2])
+    ending = Ending(mix.ln_x.weight, mix.ln_x.bias, mix.ln_x.eps, mix.gate(mixed[3]))
+    y = wkv5_step_(
+        r.view(heads),
+        k.view(heads),
+        v.view(heads),
+        None,
+        mix.time_faaaa,
+        memory,
+        base=mix.time_decay,
+        ending=ending,
+    )
+    return Late(mix.output(y.flatten(1)))
+
+
+def time_mix6(
+    mix: rwkv6.TimeMix, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: tuple[Tensor, ...]
+) -> Late:
+    """RWKV-6's time mix. x [B, D], state ([B, D], [B, H, N, N]): both change."""
+    previous, memory = state
+    dtype = product_dtype(x)
+    mixed, now = norm_shift_step_(
+        x, late, plain(norm), previous, (mix.time_maa_x,), of_previous=True, dtype=dtype, keep=True
+    )
+    low = mixed[0] @ mix.time_maa_w1.to(dtype)  # [B, 5 * rank]
+    shares = (mix.time_maa_w, mix.time_maa_k, mix.time_maa_v, mix.time_maa_r, mix.time_maa_g)
+    xw, xk, xv, xr, xg = ddlerp_step_(now, previous, low, mix.time_maa_w2, shares, dtype=dtype)
+    shift = torch.tanh(xw @ mix.time_decay_w1.to(dtype)) @ mix.time_decay_w2.to(dtype)
+    heads = (x.shape[0], *mix.time_faaaa.shape)
+    ending = Ending(mix.ln_x.weight, mix.ln_x.bias, mix.ln_x.eps, mix.gate(xg))
+    y = wkv6_step_(
+        mix.receptance(xr).view(heads),
+        mix.key(xk).view(heads),
+        mix.value(xv).view(heads),
+        shift.view(heads),
+        mix.time_faaaa,
+        memory,
+        base=mix.time_decay.view(heads[1:]),
+        ending=ending,
+    )
+    return Late(mix.output(y.flatten(1)))
+
+
+def channel_mix(
+    mix: shared.ChannelMix, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: Tensor
+) -> Late:
+    """The squared-ReLU channel mix. x [B, D], state [B, D]: both change."""
+    shares = (getattr(mix, f"{mix.mix}_k"), getattr(mix, f"{mix.mix}_r"))
+    mixed, _ = norm_shift_step_(
+        x, late, plain(norm), state, shares, of_previous=mix.mix == "time_maa", dtype=product_dtype(x)
+    )
+    hidden = torch.relu_(mix.key(mixed[0])).square()  # [B, d_ffn]
+    return Late(mix.value(hidden), mix.receptance(mixed[1]))

@@ -1,0 +1,303 @@
+"""One token, in place, in Triton: the recurrences with what surrounds them, and the token shifts.
+
+Each kernel holds what it needs in registers and touches every byte once; at B = 1 its time is the launch
+and one trip to memory. The arithmetic is float32 whatever the inputs are. Tensors are contiguous.
+
+The kernels may be launched before their predecessor in the stream has ended (`EARLY`): they then load what
+no kernel writes, the parameters, and wait for the predecessor's results only after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra import cuda as nv
+
+if TYPE_CHECKING:
+    from kernels.step import Ending, Late, Norm
+
+# Warps of a program that holds one head's state, by head size (padded to a power of two).
+_HEAD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
+_SHIFT_BLOCK = 64  # columns of a ddlerp program: 40 programs at D = 2,560
+_ROWS = 16  # rows of a ddlerp program: the smallest tensor-core tile
+_CHANNELS = 256  # channels of an RWKV-4 program
+
+
+@triton.jit
+def _wkv4_kernel(
+    k, v, log_w, base, u, state, gate, y, width,
+    LOG_W: tl.constexpr, BASE: tl.constexpr, GATE: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(1).to(tl.int64)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = d < width
+    w = tl.zeros([BLOCK], tl.float32)
+    if LOG_W:
+        w = tl.load(log_w + d, mask=inside, other=0).to(tl.float32)
+    if BASE:
+        w = -tl.exp(tl.load(base + d, mask=inside, other=0).to(tl.float32) + w)
+    bonus = tl.load(u + d, mask=inside, other=0).to(tl.float32)
+    if EARLY:
+        nv.gdc_wait()
+        nv.gdc_launch_dependents()
+    at = row * width + d
+    place = state + row * 3 * width + d
+    a = tl.load(place, mask=inside, other=0)
+    b = tl.load(place + width, mask=inside, other=1)
+    p = tl.load(place + 2 * width, mask=inside, other=0)
+    key = tl.load(k + at, mask=inside, other=0).to(tl.float32)
+    value = tl.load(v + at, mask=inside, other=0).to(tl.float32)
+    top = tl.maximum(p, bonus + key)
+    old, new = tl.exp(p - top), tl.exp(bonus + key - top)
+    out = (old * a + new * value) / (old * b + new)
+    if GATE:
+        out *= tl.sigmoid(tl.load(gate + at, mask=inside, other=0).to(tl.float32))
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+    top = tl.maximum(p + w, key)
+    old, new = tl.exp(p + w - top), tl.exp(key - top)
+    tl.store(place, old * a + new * value, mask=inside)
+    tl.store(place + width, old * b + new, mask=inside)
+    tl.store(place + 2 * width, top, mask=inside)
+
+
+@triton.jit
+def _head_kernel(
+    r, k, v, log_w, base, u, state, gate, weight, bias, y, eps, heads,
+    N: tl.constexpr, BLOCK: tl.constexpr,
+    LOG_W: tl.constexpr,  # 0: none, 1: per channel, 2: per token and channel
+    BASE: tl.constexpr, END: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)  # b * H + h
+    head = row % heads
+    n = tl.arange(0, BLOCK)
+    inside = n < N
+    at, per = row * N + n, head * N + n
+    w = tl.zeros([BLOCK], tl.float32)
+    if BASE:
+        w = tl.load(base + per, mask=inside, other=0).to(tl.float32)
+    bonus = tl.load(u + per, mask=inside, other=0).to(tl.float32)
+    if END:
+        scale = tl.load(weight + per, mask=inside, other=0).to(tl.float32)
+        offset = tl.load(bias + per, mask=inside, other=0).to(tl.float32)
+    if EARLY:
+        nv.gdc_wait()
+        nv.gdc_launch_dependents()
+    square = inside[:, None] & inside[None, :]
+    place = state + row * N * N + n[:, None] * N + n[None, :]  # rows: keys, columns: values
+    s = tl.load(place, mask=square, other=0)
+    query = tl.load(r + at, mask=inside, other=0).to(tl.float32)
+    key = tl.load(k + at, mask=inside, other=0).to(tl.float32)
+    value = tl.load(v + at, mask=inside, other=0).to(tl.float32)
+    if LOG_W == 2:
+        w += tl.load(log_w + at, mask=inside, other=0).to(tl.float32)
+    if LOG_W == 1:
+        w += tl.load(log_w + per, mask=inside, other=0).to(tl.float32)
+    if BASE:
+        w = -tl.exp(w)
+    tl.store(place, s * tl.exp(w)[:, None] + key[:, None] * value[None, :], mask=square)
+    out = tl.sum(query[:, None] * s, 0) + tl.sum(query * bonus * key, 0) * value
+    if END:
+        mean = tl.sum(out, 0) / N  # beyond N, v and the state are zero, and so is out
+        centred = tl.where(inside, out - mean, 0)
+        out = centred * tl.rsqrt(tl.sum(centred * centred, 0) / N + eps) * scale + offset
+        g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
+        out *= g * tl.sigmoid(g)
+    tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _mix(mixes, before, now, out, at, d, inside, OF_PREVIOUS: tl.constexpr):
+    share = tl.load(mixes + d, mask=inside, other=0).to(tl.float32)
+    if not OF_PREVIOUS:
+        share = 1 - share
+    mixed = now + (before - now) * share
+    tl.store(out + at, mixed.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _norm_shift_kernel(
+    x, value, gate, weight, bias, previous, m0, m1, m2, m3, out, normed, eps, width, step,
+    MIXES: tl.constexpr, LATE: tl.constexpr, GATE: tl.constexpr, OF_PREVIOUS: tl.constexpr,
+    KEEP: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.arange(0, BLOCK)
+    inside = d < width
+    at = row * width + d
+    scale = tl.load(weight + d, mask=inside, other=0).to(tl.float32)
+    offset = tl.load(bias + d, mask=inside, other=0).to(tl.float32)
+    if EARLY:
+        nv.gdc_wait()
+        nv.gdc_launch_dependents()
+    now = tl.load(x + at, mask=inside, other=0).to(tl.float32)
+    before = tl.load(previous + at, mask=inside, other=0).to(tl.float32)
+    if LATE:
+        add = tl.load(value + at, mask=inside, other=0).to(tl.float32)
+        if GATE:
+            add *= tl.sigmoid(tl.load(gate + at, mask=inside, other=0).to(tl.float32))
+        rounded = (now + add).to(x.dtype.element_ty)
+        tl.store(x + at, rounded, mask=inside)
+        now = rounded.to(tl.float32)
+    mean = tl.sum(now, 0) / width
+    centred = tl.where(inside, now - mean, 0)
+    now = centred * tl.rsqrt(tl.sum(centred * centred, 0) / width + eps) * scale + offset
+    kept = now.to(previous.dtype.element_ty)
+    now = kept.to(tl.float32)
+    if KEEP:
+        tl.store(normed + at, kept, mask=inside)
+    else:
+        tl.store(previous + at, kept, mask=inside)
+    _mix(m0, before, now, out, at, d, inside, OF_PREVIOUS)
+    if MIXES > 1:
+        _mix(m1, before, now, out + step, at, d, inside, OF_PREVIOUS)
+    if MIXES > 2:
+        _mix(m2, before, now, out + 2 * step, at, d, inside, OF_PREVIOUS)
+    if MIXES > 3:
+        _mix(m3, before, now, out + 3 * step, at, d, inside, OF_PREVIOUS)
+
+
+@triton.jit
+def _share(
+    low, weight, mixes, out, now, delta, at, rows, d, inside, alive, M: tl.constexpr,
+    width, rank, RANK: tl.constexpr,
+):  # fmt: skip
+    j = tl.arange(0, RANK)
+    spot = low + rows[:, None] * (5 * rank) + M * rank + j[None, :]
+    l = tl.load(spot, mask=alive[:, None] & (j < rank)[None, :], other=0).to(tl.float32)  # noqa: E741
+    l = 2 * tl.sigmoid(2 * l) - 1  # tanh  # noqa: E741
+    spot = weight + (M * rank + j)[:, None] * width + d[None, :]
+    w = tl.load(spot, mask=(j < rank)[:, None] & (d < width)[None, :], other=0)
+    share = tl.dot(l.to(w.dtype), w, input_precision="ieee")
+    share += tl.load(mixes + d, mask=d < width, other=0).to(tl.float32)[None, :]
+    tl.store(out + at, (now + delta * share).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _ddlerp_kernel(
+    x, previous, low, weight, m0, m1, m2, m3, m4, out, batch, width, rank, step,
+    RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+):  # fmt: skip
+    rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    alive = rows < batch
+    inside = alive[:, None] & (d < width)[None, :]
+    at = rows[:, None] * width + d[None, :]
+    if EARLY:
+        nv.gdc_wait()
+        nv.gdc_launch_dependents()
+    kept = tl.load(x + at, mask=inside, other=0)
+    now = kept.to(tl.float32)
+    delta = tl.load(previous + at, mask=inside, other=0).to(tl.float32) - now
+    tl.store(previous + at, kept.to(previous.dtype.element_ty), mask=inside)
+    _share(low, weight, m0, out, now, delta, at, rows, d, inside, alive, 0, width, rank, RANK)
+    _share(low, weight, m1, out + step, now, delta, at, rows, d, inside, alive, 1, width, rank, RANK)
+    _share(low, weight, m2, out + 2 * step, now, delta, at, rows, d, inside, alive, 2, width, rank, RANK)
+    _share(low, weight, m3, out + 3 * step, now, delta, at, rows, d, inside, alive, 3, width, rank, RANK)
+    _share(low, weight, m4, out + 4 * step, now, delta, at, rows, d, inside, alive, 4, width, rank, RANK)
+
+
+early = False
+"""Whether kernels start before their predecessor has ended (needs compute capability 9)."""
+
+
+def _launch(warps: int) -> dict[str, Any]:
+    """Options of every launch."""
+    return {"num_warps": warps, "EARLY": early, **({"launch_pdl": True} if early else {})}
+
+
+def _or(x: Tensor | None, other: Tensor) -> Tensor:
+    """A contiguous tensor for a pointer argument; `other` where the kernel reads none."""
+    return other if x is None else x.contiguous()
+
+
+def wkv4_step(
+    k: Tensor,
+    v: Tensor,
+    log_w: Tensor | None,
+    base: Tensor | None,
+    u: Tensor,
+    state: Tensor,
+    gate: Tensor | None,
+) -> Tensor:
+    """As `kernels.step.wkv4_step_`."""
+    k, v, u = k.contiguous(), v.contiguous(), u.contiguous()
+    y = torch.empty_like(k)
+    batch, width = k.shape
+    _wkv4_kernel[(triton.cdiv(width, _CHANNELS), batch)](
+        k, v, _or(log_w, u), _or(base, u), u, state, _or(gate, k), y, width,
+        LOG_W=log_w is not None, BASE=base is not None, GATE=gate is not None, BLOCK=_CHANNELS, **_launch(2),
+    )  # fmt: skip
+    return y
+
+
+def wkv5_step(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    log_w: Tensor | None,
+    base: Tensor | None,
+    u: Tensor,
+    state: Tensor,
+    ending: Ending | None,
+) -> Tensor:
+    """As `kernels.step.wkv5_step_`; with log_w [B,H,N] as `wkv6_step_`."""
+    r, k, v, u = r.contiguous(), k.contiguous(), v.contiguous(), u.contiguous()
+    y = torch.empty_like(r)
+    batch, heads, size = r.shape
+    block = max(16, triton.next_power_of_2(size))
+    weight, bias, eps, gate = ending or (u, u, 0.0, r)
+    _head_kernel[(batch * heads,)](
+        r, k, v, _or(log_w, u), _or(base, u), u, state, gate.contiguous(), weight, bias, y, eps, heads,
+        N=size, BLOCK=block, LOG_W=0 if log_w is None else log_w.dim() - 1, BASE=base is not None,
+        END=ending is not None, **_launch(_HEAD_WARPS[block]),
+    )  # fmt: skip
+    return y
+
+
+wkv6_step = wkv5_step
+
+
+def norm_shift_step(
+    x: Tensor,
+    late: Late | None,
+    norm: Norm,
+    previous: Tensor,
+    mixes: Sequence[Tensor],
+    of_previous: bool,
+    dtype: torch.dtype,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `kernels.step.norm_shift_step_`."""
+    batch, width = x.shape
+    out = torch.empty(len(mixes), batch, width, dtype=dtype, device=x.device)
+    normed = torch.empty_like(previous) if keep else previous
+    value, gate = late or (None, None)
+    shares = [*mixes, mixes[-1], mixes[-1], mixes[-1]][:4]
+    _norm_shift_kernel[(batch,)](
+        x, _or(value, x), _or(gate, x), norm.weight, norm.bias, previous, *shares, out, normed, norm.eps,
+        width, batch * width, MIXES=len(out), LATE=value is not None, GATE=gate is not None,
+        OF_PREVIOUS=of_previous, KEEP=keep, BLOCK=triton.next_power_of_2(width),
+        **_launch(8 if width > 1024 else 4),
+    )  # fmt: skip
+    return out, normed
+
+
+def ddlerp_step(
+    x: Tensor, previous: Tensor, low: Tensor, weight: Tensor, mixes: Sequence[Tensor], dtype: torch.dtype
+) -> Tensor:
+    """As `kernels.step.ddlerp_step_`."""
+    batch, width = x.shape
+    rank = weight.shape[1]
+    out = torch.empty(5, batch, width, dtype=dtype, device=x.device)
+    # The product runs in low's type, as the matrix product before it did.
+    weight = weight.to(low.dtype).contiguous()
+    _ddlerp_kernel[(triton.cdiv(width, _SHIFT_BLOCK), triton.cdiv(batch, _ROWS))](
+        x, previous, low.contiguous(), weight, *mixes, out, batch, width, rank, batch * width,
+        RANK=max(16, triton.next_power_of_2(rank)), ROWS=_ROWS, BLOCK=_SHIFT_BLOCK, **_launch(4),
+    )  # fmt: skip
+    return out
