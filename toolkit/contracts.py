@@ -79,7 +79,9 @@ class Batch:
     image_start: [B] long, NO_IMAGE for text-only samples. Either `pixels` (what the encoder's
     transform made, stacked; any tensor or nested tuple of tensors) or `features` covers the
     samples that have an image, in batch order. weight: [B] float, 0 for a slot that only fills.
-    keys: sample keys, for predictions and reports.
+    keys: sample keys, for predictions and reports. answers, images: what `model.answer_rows` and
+    `model.image_rows` return, made on the CPU before a batch moves to a GPU, so that no step has to wait
+    for the device; None where the model is to look itself.
     """
 
     ids: Tensor
@@ -90,6 +92,8 @@ class Batch:
     keys: Sequence[str]
     pixels: Any = None
     features: ImageFeatures | None = None
+    answers: Tensor | None = None
+    images: Tensor | None = None
 
 
 class Encoder(Protocol):

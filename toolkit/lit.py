@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from toolkit.contracts import Batch, ImageFeatures
 from toolkit.loss import lm_loss
-from toolkit.model import VisualRWKV
+from toolkit.model import VisualRWKV, answer_rows, image_rows
 from toolkit.schema import LossConf, StageConf
 
 
@@ -86,14 +86,14 @@ def rate_factor(stage: StageConf, steps: int) -> Callable[[int], float]:
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on `device`."""
+    """The batch with its tensors on `device`; what depends on their values is looked up before."""
+    if batch.labels.device.type == "cpu" and device.type != "cpu":
+        batch = replace(batch, answers=answer_rows(batch), images=image_rows(batch))
     features = batch.features
     if features is not None:
         features = ImageFeatures(move(features.patches, device), move(features.extra, device), features.grid)
-    moved = {
-        name: move(getattr(batch, name), device)
-        for name in ("ids", "labels", "lengths", "image_start", "weight", "pixels")
-    }
+    names = ("ids", "labels", "lengths", "image_start", "weight", "pixels", "answers", "images")
+    moved = {name: move(getattr(batch, name), device) for name in names}
     return replace(batch, **moved, features=features)
 
 

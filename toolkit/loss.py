@@ -8,51 +8,58 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from kernels.cross_entropy import linear_cross_entropy
+
 L2_FACTOR = 1e-4
 """Weight of the L2 term, as in RWKV-LM."""
 
 
 @dataclass(frozen=True)
 class Answers:
-    """Logits where a label is to be predicted.
+    """Where labels are to be predicted, before the head: its logits are never held all at once.
 
-    logits: [M, V]. targets: [M]. sample: [M], the row's sample in the batch. weight: [B], 0 for slots
-    that only fill a batch. n_tokens: B * T of the batch they come from. penalty: [R, V] logits that
-    the L2 term acts on, None for none.
+    hidden: [R, D] states that the head reads. head: [V, D] its weight. targets: [R]. sample: [R], the
+    row's sample in the batch. asked: [R], 0 for rows without a label, which the L2 term alone reads;
+    None if all rows have one. counts: [B] labels of each sample. weight: [B], 0 for slots that only fill
+    a batch. n_tokens: B * T of the batch they come from. l2: whether the L2 term acts on these rows.
     """
 
-    logits: Tensor
+    hidden: Tensor
+    head: Tensor
     targets: Tensor
     sample: Tensor
+    asked: Tensor | None
+    counts: Tensor
     weight: Tensor
     n_tokens: int
-    penalty: Tensor | None
+    l2: bool
+
+    @property
+    def logits(self) -> Tensor:
+        """All logits, [R, V]: for tests and analysis."""
+        return F.linear(self.hidden, self.head)
 
 
 def lm_loss(answers: Answers, *, reduction: str) -> Tensor:
-    """Cross entropy in fp32 (or fp64), a scalar.
+    """Cross entropy in fp32 (or fp64), a scalar; the head is applied on the way.
 
     reduction "sample" (v6.0 and later, the paper's model): mean over each sample's answer tokens, then
     over samples. "batch" (v5.x): mean over all answer tokens. Source: Hou et al. 2025, tables 7 and 8.
+
+    The L2 term keeps logits from drifting upwards (RWKV-LM's L2Wrap): it adds 1e-4 / (B T) * largest
+    logit to the gradient at each row's largest logit, and its value is 0. Paper: the original's term
+    ignores the upstream gradient, so it is not scaled down under gradient accumulation; ours is, like
+    the loss.
     """
-    logits = answers.logits if answers.logits.dtype == torch.float64 else answers.logits.float()
-    each = F.cross_entropy(logits, answers.targets, reduction="none")  # [M]
-    each = each * answers.weight.to(each.dtype)[answers.sample]
-    if reduction == "batch":
-        loss = each.sum() / max(1, each.numel())
-    else:
-        n = answers.weight.shape[0]
-        counts = torch.bincount(answers.sample, minlength=n).clamp(min=1)  # [B]
-        loss = (each / counts[answers.sample]).sum() / n
-    return loss if answers.penalty is None else loss + l2_term(answers.penalty, answers.n_tokens)
+    rows = row_weights(answers, reduction=reduction)
+    penalty = torch.full_like(rows, L2_FACTOR / answers.n_tokens) if answers.l2 else None
+    return linear_cross_entropy(answers.hidden, answers.head, answers.targets, rows, penalty)
 
 
-def l2_term(logits: Tensor, n_tokens: int) -> Tensor:
-    """Adds 1e-4 / (B T) * largest logit to the gradient at each row's largest logit; its value is 0.
-
-    Keeps logits from drifting upwards (RWKV-LM's L2Wrap). Paper: the original's term ignores the
-    upstream gradient, so it is not scaled down under gradient accumulation; ours is, like the loss.
-    """
-    largest = logits.amax(dim=-1) if logits.dtype == torch.float64 else logits.float().amax(dim=-1)
-    penalty = largest.square().sum() * (L2_FACTOR / 2 / n_tokens)
-    return penalty - penalty.detach()
+def row_weights(answers: Answers, *, reduction: str) -> Tensor:
+    """Factor of each row's cross entropy in the loss, [R]."""
+    kind = torch.float64 if answers.hidden.dtype == torch.float64 else torch.float32
+    counts = answers.counts.sum() if reduction == "batch" else answers.counts * len(answers.counts)
+    share = answers.weight.to(kind) / counts.clamp(min=1)  # [B]
+    rows = share.index_select(0, answers.sample)  # [R]
+    return rows if answers.asked is None else rows * answers.asked

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from toolkit.contracts import IGNORE, NO_IMAGE, Batch, Encoder, ImageFeatures, Projector
 from toolkit.loss import Answers
@@ -68,7 +69,7 @@ class VisualRWKV(nn.Module):
             features = self.encode(batch.pixels)
         projected = self.proj(features)
         vectors = torch.cat((projected.patches, projected.extra), dim=1)  # [n_images, n_image, D]
-        rows = (batch.image_start != NO_IMAGE).nonzero().flatten()  # [n_images]
+        rows = image_rows(batch) if batch.images is None else batch.images  # [n_images]
         first = rows * x.shape[1] + batch.image_start[rows]
         places = first.unsqueeze(1) + torch.arange(vectors.shape[1], device=x.device)  # [n_images, n_image]
         flat = x.flatten(0, 1).index_copy(0, places.flatten(), vectors.flatten(0, 1).to(x.dtype))
@@ -96,19 +97,41 @@ class VisualRWKV(nn.Module):
         return logits
 
     def forward(self, batch: Batch, *, l2: str = "none") -> Answers:
-        """Logits where a label follows (position t predicts label t + 1), for `loss.lm_loss`.
+        """Hidden states where a label follows (position t predicts label t + 1), for `loss.lm_loss`.
 
-        l2: where the L2 term acts: "none", "answers" (the rows computed anyway), or "all" positions
-        as in the original, for which the head runs on every position.
+        l2: where the L2 term acts: "none", "answers" (the rows read anyway), or "all" positions as in
+        the original, for which the head runs on every position.
         """
-        x = self.hidden(batch)
-        asked = (batch.labels[:, 1:] != IGNORE) & (batch.weight > 0).unsqueeze(1)  # [B, T-1]
-        sample = asked.nonzero()[:, 0]  # [M]
-        targets = batch.labels[:, 1:][asked]  # [M]
+        x = self.hidden(batch)  # [B, T, D]
+        labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)  # [B, T]
+        asked = (labels != IGNORE) & (batch.weight > 0).unsqueeze(1)  # [B, T]
+        hidden, targets, every = x.flatten(0, 1), labels.flatten(), None
         if l2 == "all":
-            everywhere = self.rwkv.head(x)  # [B, T, V]
-            logits, penalty = everywhere[:, :-1][asked], everywhere.flatten(0, 1)
+            rows, every = torch.arange(len(targets), device=x.device), asked.flatten()  # [B*T]
         else:
-            logits = self.rwkv.head(x[:, :-1][asked])  # [M, V]
-            penalty = logits if l2 == "answers" else None
-        return Answers(logits, targets, sample, batch.weight, batch.ids.numel(), penalty)
+            rows = answer_rows(batch) if batch.answers is None else batch.answers  # [M]
+            hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
+        sample = rows // x.shape[1]
+        return Answers(
+            hidden,
+            self.rwkv.head.weight,
+            targets,
+            sample,
+            every,
+            asked.sum(dim=1),
+            batch.weight,
+            batch.ids.numel(),
+            l2 != "none",
+        )
+
+
+def answer_rows(batch: Batch) -> Tensor:
+    """Rows b * T + t of the positions that predict a label, [M]; on a GPU this waits for the device."""
+    asked = (batch.labels[:, 1:] != IGNORE) & (batch.weight > 0).unsqueeze(1)  # [B, T-1]
+    sample, at = asked.nonzero().unbind(dim=1)
+    return sample * batch.labels.shape[1] + at
+
+
+def image_rows(batch: Batch) -> Tensor:
+    """Samples with an image, [n_images]; on a GPU this waits for the device."""
+    return (batch.image_start != NO_IMAGE).nonzero().flatten()
