@@ -141,7 +141,7 @@ class _Blocks(torch.autograd.Function):
     ) -> Tensor:
         w = weight.to(compute)
         dh = torch.empty_like(h, memory_format=torch.contiguous_format) if needs[0] else None
-        dw = torch.zeros_like(weight) if needs[1] else None
+        dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
         losses = []
         for b in blocks(len(h), rows or max(1, _CPU_BLOCK // len(weight))):
             h_b = h[b].to(compute)

@@ -79,8 +79,8 @@ class Batch:
     image_start: [B] long, NO_IMAGE for text-only samples. Either `pixels` (what the encoder's
     transform made, stacked; any tensor or nested tuple of tensors) or `features` covers the
     samples that have an image, in batch order. weight: [B] float, 0 for a slot that only fills.
-    keys: sample keys, for predictions and reports. answers, images: what `model.answer_rows` and
-    `model.image_rows` return, made on the CPU before a batch moves to a GPU, so that no step has to wait
+    keys: sample keys, for predictions and reports. answers, images: rows that `model.answer_rows`
+    and `model.image_rows` find, made on the CPU before a batch moves to a GPU, so that no step has to wait
     for the device; None where the model is to look itself.
     """
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from toolkit.contracts import Batch, ImageFeatures
 from toolkit.loss import lm_loss
-from toolkit.model import VisualRWKV, answer_rows, image_rows
+from toolkit.model import VisualRWKV, answer_rows, asked_for, image_rows
 from toolkit.schema import LossConf, StageConf
 
 
@@ -88,7 +88,7 @@ def rate_factor(stage: StageConf, steps: int) -> Callable[[int], float]:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`; what depends on their values is looked up before."""
     if batch.labels.device.type == "cpu" and device.type != "cpu":
-        batch = replace(batch, answers=answer_rows(batch), images=image_rows(batch))
+        batch = replace(batch, answers=answer_rows(asked_for(batch)), images=image_rows(batch))
     features = batch.features
     if features is not None:
         features = ImageFeatures(move(features.patches, device), move(features.extra, device), features.grid)

@@ -104,12 +104,12 @@ class VisualRWKV(nn.Module):
         """
         x = self.hidden(batch)  # [B, T, D]
         labels = F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE)  # [B, T]
-        asked = (labels != IGNORE) & (batch.weight > 0).unsqueeze(1)  # [B, T]
+        asked = asked_for(batch)  # [B, T]
         hidden, targets, every = x.flatten(0, 1), labels.flatten(), None
         if l2 == "all":
             rows, every = torch.arange(len(targets), device=x.device), asked.flatten()  # [B*T]
         else:
-            rows = answer_rows(batch) if batch.answers is None else batch.answers  # [M]
+            rows = answer_rows(asked) if batch.answers is None else batch.answers  # [M]
             hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
         sample = rows // x.shape[1]
         return Answers(
@@ -125,11 +125,14 @@ class VisualRWKV(nn.Module):
         )
 
 
-def answer_rows(batch: Batch) -> Tensor:
-    """Rows b * T + t of the positions that predict a label, [M]; on a GPU this waits for the device."""
-    asked = (batch.labels[:, 1:] != IGNORE) & (batch.weight > 0).unsqueeze(1)  # [B, T-1]
-    sample, at = asked.nonzero().unbind(dim=1)
-    return sample * batch.labels.shape[1] + at
+def asked_for(batch: Batch) -> Tensor:
+    """Whether a label follows the position, in a sample that counts: [B, T]."""
+    return (F.pad(batch.labels[:, 1:], (0, 1), value=IGNORE) != IGNORE) & (batch.weight > 0).unsqueeze(1)
+
+
+def answer_rows(asked: Tensor) -> Tensor:
+    """Rows b * T + t that are asked for, [M]; on a GPU this waits for the device."""
+    return asked.flatten().nonzero().flatten()
 
 
 def image_rows(batch: Batch) -> Tensor:
