@@ -41,7 +41,7 @@ def install() -> None:
         prefix, key = _keys(self, args, kwargs)
         if len(self.configs) < 2 or key in self.cache:
             return original(self, *args, **kwargs)
-        name = json.dumps([self.base_fn.__name__, *prefix])
+        name = json.dumps([self.base_fn.__name__, *prefix], default=str)
         if name in WINNERS:
             self.cache[key] = triton.Config(**WINNERS[name])
             try:
