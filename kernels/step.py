@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_state, check_weight
-from .dispatch import pick, register
+from .dispatch import interpreted, pick, register
+from .mix import wide
 
 SIZES = 128
 """The largest head size and, times 64, the largest width that the Triton kernels hold in registers."""
@@ -126,11 +127,11 @@ def norm_shift_step_(
 ) -> tuple[Tensor, Tensor]:
     """x [B,D] += late; n = LayerNorm(x); -> (the mixes of n and `previous` [M,B,D] in `dtype`, n [B,D]).
 
-    mixes: one to four tensors of D elements, shares of the current token, or of the previous one with
+    mixes: up to four tensors of D elements, shares of the current token, or of the previous one with
     `of_previous`. previous [B,D] becomes n, unless `keep` leaves that to `ddlerp_step_`.
     """
-    if not 1 <= len(mixes) <= 4:
-        raise ValueError(f"norm_shift_step: {len(mixes)} mixes; give one to four")
+    if len(mixes) > 4:
+        raise ValueError(f"norm_shift_step: {len(mixes)} mixes; give at most four")
     _check_rows("norm_shift_step", x=x, previous=previous)
     kernel = pick("norm_shift_step", backend, x.device, _unfit(x, x.shape[-1] / 64))
     mixed: tuple[Tensor, Tensor] = kernel(x, late, norm, previous, mixes, of_previous, dtype, keep)
@@ -158,6 +159,8 @@ def ddlerp_step_(
         )
     _check_rows("ddlerp_step", x=x, previous=previous)
     unfit = _unfit(x, weight.shape[1])
+    if interpreted() and low.dtype == torch.bfloat16:
+        unfit = "Triton's interpreter computes bfloat16 products wrongly"
     kernel = pick("ddlerp_step", backend, x.device, unfit)
     mixed: Tensor = kernel(x, previous, low, weight, mixes, dtype)
     return mixed
@@ -274,25 +277,31 @@ def _norm_shift(
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     if late is not None:
-        x += late.value if late.gate is None else torch.sigmoid(late.gate) * late.value
-    n = F.layer_norm(x, x.shape[-1:], norm.weight, norm.bias, norm.eps)
-    before = previous.to(n.dtype)
-    first, second = (n, before) if of_previous else (before, n)
-    mixed = torch.stack([torch.lerp(first, second, m.flatten().to(n.dtype)) for m in mixes])  # [M, B, D]
+        x += late.value if late.gate is None else torch.sigmoid(wide(late.gate)) * late.value
+    weight, bias = wide(norm.weight), wide(norm.bias)
+    # As the prefill keeps it: rounded to the type of the state.
+    n = F.layer_norm(wide(x), x.shape[-1:], weight, bias, norm.eps).to(previous.dtype)
+    first, second = (wide(n), wide(previous)) if of_previous else (wide(previous), wide(n))
+    mixed = torch.empty(len(mixes), *x.shape, dtype=dtype, device=x.device)
+    for out, share in zip(mixed, mixes, strict=True):
+        out.copy_(torch.lerp(first, second, wide(share).flatten()))
     if not keep:
         previous.copy_(n)
-    return mixed.to(dtype), n
+    return mixed, n
 
 
 def _ddlerp(
     x: Tensor, previous: Tensor, low: Tensor, weight: Tensor, mixes: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
     low = torch.tanh(low).unflatten(-1, (5, -1)).transpose(0, 1)  # [5, B, R]
-    shares = torch.bmm(low, weight.to(low.dtype)).to(x.dtype)  # [5, B, D]
-    delta = previous.to(x.dtype) - x
-    mixed = [torch.addcmul(x, delta, m.flatten() + s) for m, s in zip(mixes, shares.unbind(), strict=True)]
+    shares = torch.bmm(low, weight.to(low.dtype))  # [5, B, D]
+    now = wide(x)
+    delta = wide(previous) - now
+    mixed = torch.empty(5, *x.shape, dtype=dtype, device=x.device)
+    for out, mix, share in zip(mixed, mixes, shares, strict=True):
+        out.copy_(torch.addcmul(now, delta, wide(mix).flatten() + share))
     previous.copy_(x)
-    return torch.stack(mixed).to(dtype)
+    return mixed
 
 
 _PLAIN: dict[str, Callable[..., Any]] = {

@@ -10,7 +10,7 @@ writing bfloat16 ones would triple a token's memory traffic. The values are thos
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -35,11 +35,12 @@ class OneToken(nn.Module):
         x: Tensor = self.rwkv.emb(token)  # [B, D]
         late: Late | None = None
         stream: Tensor | None = None
-        for block, layer in zip(self.rwkv.blocks, state, strict=True):
+        blocks: Iterable[Any] = self.rwkv.blocks
+        for block, (time_state, channel_state) in zip(blocks, state, strict=True):
             if hasattr(block, "ln0"):
                 x = block.ln0(x)
-            late, stream = _time(block, x, late, layer[0], stream)
-            late = _channel(block, x, late, layer[1])
+            late, stream = _time(block, x, late, time_state, stream)
+            late = _channel(block, x, late, channel_state)
         _settle(x, late)
         logits: Tensor = self.rwkv.head(self.rwkv.ln_out(x))
         return logits

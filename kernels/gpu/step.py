@@ -152,7 +152,8 @@ def _norm_shift_kernel(
         tl.store(normed + at, kept, mask=inside)
     else:
         tl.store(previous + at, kept, mask=inside)
-    _mix(m0, before, now, out, at, d, inside, OF_PREVIOUS)
+    if MIXES > 0:
+        _mix(m0, before, now, out, at, d, inside, OF_PREVIOUS)
     if MIXES > 1:
         _mix(m1, before, now, out + step, at, d, inside, OF_PREVIOUS)
     if MIXES > 2:
@@ -277,7 +278,7 @@ def norm_shift_step(
     out = torch.empty(len(mixes), batch, width, dtype=dtype, device=x.device)
     normed = torch.empty_like(previous) if keep else previous
     value, gate = late or (None, None)
-    shares = [*mixes, mixes[-1], mixes[-1], mixes[-1]][:4]
+    shares = [*mixes, *(4 * [norm.weight])][:4]
     _norm_shift_kernel[(batch,)](
         x, _or(value, x), _or(gate, x), norm.weight, norm.bias, previous, *shares, out, normed, norm.eps,
         width, batch * width, MIXES=len(out), LATE=value is not None, GATE=gate is not None,
