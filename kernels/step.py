@@ -13,7 +13,8 @@ arguments change. No gradients. Nothing here waits for the device: all of it can
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -21,8 +22,29 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .checks import check_state, check_weight
-from .dispatch import interpreted, pick, register
+from .dispatch import backends, interpreted, pick, register
 from .mix import wide
+
+
+@contextmanager
+def overlapped(device: torch.device) -> Iterator[None]:
+    """Inside, Triton's steps may be launched before the kernel in front of them has ended.
+
+    They then load parameters (norms, shares, decay, u) before they wait for it: those must not be what it
+    writes. For capturing a model's step, where they never change. Nothing where the GPU cannot do it.
+    """
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    if not able or backends()["triton"]:
+        yield
+        return
+    from .gpu import step
+
+    before, step.early = step.early, True
+    try:
+        yield
+    finally:
+        step.early = before
+
 
 SIZES = 128
 """The largest head size and, times 64, the largest width that the Triton kernels hold in registers."""

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kernels.step import Late
+from kernels.step import Late, overlapped
 from toolkit.trunk import Block, LanguageModel, LayerState, State
 
 _LOG = logging.getLogger("toolkit.decode")
@@ -106,8 +107,13 @@ class Decoder:
     """
 
     @torch.inference_mode()
-    def __init__(self, rwkv: LanguageModel, state: State, *, graph: bool = True) -> None:
-        """state: a prefilled state, read for its shapes and copied; graph: capture where a GPU is."""
+    def __init__(
+        self, rwkv: LanguageModel, state: State, *, graph: bool = True, overlap: bool = True
+    ) -> None:
+        """state: a prefilled state, read for its shapes and copied; graph: capture where a GPU is.
+
+        overlap: let the steps' kernels start while the one before ends (`kernels.step.overlapped`).
+        """
         first = next(tensors(state))
         self.device = first.device
         self.state = [_copy(layer) for layer in state]
@@ -120,7 +126,8 @@ class Decoder:
         self._graph: torch.cuda.CUDAGraph | None = None
         self.mode = "eager: on the CPU" if self.device.type != "cuda" else "eager: asked for"
         if graph and self.device.type == "cuda":
-            self._capture()
+            with overlapped(self.device) if overlap else nullcontext():
+                self._capture()
         _LOG.info("decoding %d samples a step: %s", len(self.token), self.mode)
 
     def fits(self, rwkv: LanguageModel, state: State) -> bool:

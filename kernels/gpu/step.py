@@ -203,7 +203,7 @@ def _ddlerp_kernel(
 
 
 early = False
-"""Whether kernels start before their predecessor has ended (needs compute capability 9)."""
+"""Whether kernels start before their predecessor has ended; see `kernels.step.overlapped`."""
 
 
 def _launch(warps: int) -> dict[str, Any]:
