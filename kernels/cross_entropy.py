@@ -21,7 +21,7 @@ from .dispatch import choose, function, register
 
 _OP = "linear_cross_entropy"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
-_CPU_BLOCK = 1 << 24  # logits in a block: 256 rows of 65,536
+_BLOCK = 1 << 24  # logits in a block: 256 rows of 65,536
 
 
 def linear_cross_entropy(
@@ -143,7 +143,7 @@ class _Blocks(torch.autograd.Function):
         dh = torch.empty_like(h, memory_format=torch.contiguous_format) if needs[0] else None
         dw = torch.empty_like(weight, memory_format=torch.contiguous_format) if needs[1] else None
         losses = []
-        for b in blocks(len(h), rows or max(1, _CPU_BLOCK // len(weight))):
+        for b in blocks(len(h), rows or max(1, _BLOCK // len(weight))):
             h_b = h[b].to(compute)
             p_b = None if penalty is None else penalty[b]
             loss, g = _loss_and_gradient(h_b @ w.t(), targets[b], row_weights[b], p_b, any(needs))

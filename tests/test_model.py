@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+import kernels
 from tests.helpers import make_batch, small_model, take
 from toolkit import register
 from toolkit.build import select_trainable
 from toolkit.contracts import IGNORE, ImageFeatures
+from toolkit.lit import to_device
 from toolkit.loss import lm_loss
-from toolkit.model import VisualRWKV
+from toolkit.model import VisualRWKV, answer_rows, asked_for, image_rows
 
 register.discover()
 TEXTS = [(3, 5, 2), (0, 2, 1), (-1, 4, 3), (7, 1, 4), (2, 9, 1)]
@@ -85,6 +87,35 @@ def test_loss_forms_against_their_definitions() -> None:
     answers = model(batch)
     torch.testing.assert_close(lm_loss(answers, reduction="sample"), (each.sum(1) / counts).mean())
     torch.testing.assert_close(lm_loss(answers, reduction="batch"), each.sum() / counts.sum())
+
+
+def test_positions_looked_up_before_the_move_give_the_same_loss() -> None:
+    model = small_model()
+    batch = make_batch(model, TEXTS)
+    batch.weight[1] = 0.0
+    expected = lm_loss(model(batch, l2="answers"), reduction="sample")
+    moved = to_device(batch, torch.device("meta"))
+    assert moved.answers is not None and moved.images is not None
+    assert (len(moved.answers), len(moved.images)) == (11 - 1, 4)
+    batch.answers, batch.images = answer_rows(asked_for(batch)), image_rows(batch)
+    assert torch.equal(lm_loss(model(batch, l2="answers"), reduction="sample"), expected)
+    batch.answers = batch.answers[:-1]
+    assert not torch.equal(lm_loss(model(batch, l2="answers"), reduction="sample"), expected)
+
+
+@pytest.mark.parametrize("l2", ["none", "answers", "all"])
+def test_block_form_gives_the_gradients_of_the_definition(l2: str) -> None:
+    model = small_model().double()
+    batch = make_batch(model, TEXTS, dtype=torch.float64)
+    found = []
+    for backend in ("torch", "reference"):
+        with kernels.use(backend):
+            loss = lm_loss(model(batch, l2=l2), reduction="sample")
+        found.append(
+            [loss, *torch.autograd.grad(0.5 * loss, list(model.rwkv.parameters()), allow_unused=True)]
+        )
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("reduction", ["sample", "batch"])

@@ -173,19 +173,6 @@ def _(
     return loss, h.new_empty(h.shape if need_h else 0), weight.new_empty(weight.shape if need_weight else 0)
 
 
-@torch.library.custom_op("visualrwkv::scale_", mutates_args=("x",))
-def _scale_(x: Tensor, factor: Tensor) -> None:
-    """x *= factor, a scalar on the device, in place."""
-    if x.numel():
-        grid = (triton.cdiv(x.numel(), _SCALE_BLOCK),)
-        _scale[grid](x, factor, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8)
-
-
-@_scale_.register_fake
-def _(x: Tensor, factor: Tensor) -> None:
-    return None
-
-
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _, dh, dw = output
     ctx.mark_non_differentiable(dh, dw)
@@ -202,9 +189,18 @@ def _backward(ctx: Any, upstream: Tensor | None, *_: None) -> tuple[Tensor | Non
     found: list[Tensor | None] = [None] * 9
     for i, (x, need) in enumerate(zip(ctx.saved_tensors, ctx.needs, strict=True)):
         if need and upstream is not None:
-            _scale_(x, upstream)
-            found[i] = x
+            found[i] = _scaled(x, upstream)
     return tuple(found)
+
+
+def _scaled(x: Tensor, factor: Tensor) -> Tensor:
+    if type(x) is not Tensor:  # being traced by torch.compile, which reuses memory on its own
+        return x * factor.to(x.dtype)
+    if x.numel():
+        grid = (triton.cdiv(x.numel(), _SCALE_BLOCK),)
+        _scale[grid](x, factor, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8)
+    torch.autograd.graph.increment_version(x)
+    return x
 
 
 _forward.register_autograd(_backward, setup_context=_keep)
