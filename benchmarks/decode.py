@@ -36,7 +36,7 @@ from toolkit.trunk import LanguageModel
 
 RESULTS = Path(__file__).parent / "results"
 LAYERS, HEADS, SIZE, RANK = 32, 40, 64, 32
-POSITIONS = {1: (64, 4096, 24576), 8: (64, 4096, 24576), 64: (64, 4096)}
+POSITIONS = {1: (64, 4096, 24576), 8: (64, 4096), 64: (64, 4096)}
 MODELS = {"12 x 768": (12, 768), "24 x 2048": (24, 2048)}
 VOCABULARY = 65536
 RESIDENT = 200e6  # bytes of states to rotate through: four times the H100's cache
