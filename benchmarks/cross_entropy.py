@@ -138,7 +138,7 @@ def measure(m: int, d: int, v: int, *, amp: bool, device: torch.device, check: b
             print(name, m, "failed:", repr(error)[:300], flush=True)
     for key, backward in (("fwd_ms", False), ("fwd_bwd_ms", True)):
         calls = {name: call(forms()[name], given, amp=amp, backward=backward) for name in rows}
-        for name, ms in medians(calls, device, mode="eager", reps=12, budget_ms=800).items():
+        for name, ms in medians(calls, device, mode="eager", reps=12, budget_ms=300).items():
             rows[name][key] = round(ms, 3)
     return list(rows.values())
 
