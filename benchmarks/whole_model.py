@@ -1,12 +1,14 @@
 """A training step of the 1.6B RWKV-6, ours beside fla's layers: tokens/s, model FLOP utilisation, memory.
 
     python -m benchmarks.whole_model              # on a GPU: eager, checkpointing off and on
+    python -m benchmarks.whole_model --scans      # adds ours under the scans uni, bi and 2d
     python -m benchmarks.whole_model --compile    # adds our blocks under torch.compile
 
 Both models: 24 layers of 2,048, 32 heads, vocabulary 65,536, sequences of 2,048, bf16 weights, gradients
 and moments (ours keeps `time_decay` in fp32), fused AdamW, no L2 term. fla: chunk_rwkv6, its fused norms and
-fused cross entropy. Steps take turns in one process; the batch is the largest of --batches that both can
-run, the same for both. Writes whole_model.json and whole_model.md.
+fused cross entropy. The scans reorder half of each sequence, as a square image. Steps take turns in one
+process; the batch is the largest of --batches that both can run, the same for both. Writes whole_model.json
+and whole_model.md.
 """
 
 from __future__ import annotations
@@ -17,145 +19,22 @@ import gc
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from benchmarks import kernel_tuning
-from components.recurrences.rwkv6 import Rwkv6
-from kernels.cross_entropy import linear_cross_entropy
-from toolkit.trunk import LanguageModel
+from benchmarks.kernel_models import HEAD, SIZES, TINY, Fla, Ours, Scanned, Trainer, allocated, sync
+from components import scans
 
 RESULTS = Path(__file__).parent / "results"
-SIZES = {"d_model": 2048, "n_layer": 24, "vocab_size": 65536, "steps": 2048}
-TINY = {"d_model": 128, "n_layer": 2, "vocab_size": 256, "steps": 16}
-HEAD = 64
 PEAK_FLOP = 989.4e12
 """H100 SXM, dense bf16, datasheet: what utilisation is usually told against."""
 
 Row = dict[str, Any]
-
-
-class Checkpointed(nn.Module):
-    """A block whose activations are computed again in the backward pass."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, *arguments: Any) -> Any:
-        return checkpoint(self.block, *arguments, use_reentrant=False)
-
-
-class Ours(nn.Module):
-    """toolkit's language model with the linear cross entropy of `toolkit.loss`."""
-
-    def __init__(self, sizes: dict[str, int]) -> None:
-        super().__init__()
-        d_model, n_layer = sizes["d_model"], sizes["n_layer"]
-        recurrence = Rwkv6(d_model, n_layer, head_size=HEAD, d_ffn=0, shift_rank=0, decay_rank=0)
-        self.model = LanguageModel(
-            recurrence, d_model=d_model, n_layer=n_layer, vocab_size=sizes["vocab_size"]
-        )
-        self.bfloat16()
-        for name, parameter in self.named_parameters():
-            if name.endswith("time_decay"):
-                parameter.data = parameter.data.float()
-
-    def recompute(self, on: bool) -> None:
-        plain = [b.block if isinstance(b, Checkpointed) else b for b in self.model.blocks]
-        self.model.blocks = nn.ModuleList(Checkpointed(b) if on else b for b in plain)
-
-    def compile_blocks(self) -> None:
-        for block in self.model.blocks:
-            block.compile()
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        """ids, labels [B, T] -> mean cross entropy of the next label."""
-        hidden, _ = self.model(self.model.emb(ids))
-        targets = labels.roll(-1, 1).flatten()
-        rows = torch.full(labels.shape, 1 / (labels.shape[0] * (labels.shape[1] - 1)), device=ids.device)
-        rows[:, -1] = 0
-        return linear_cross_entropy(hidden.flatten(0, 1), self.model.head.weight, targets, rows.flatten())
-
-
-class Fla(nn.Module):
-    """The same sizes from fla.models.rwkv6."""
-
-    def __init__(self, sizes: dict[str, int]) -> None:
-        super().__init__()
-        from fla.models.rwkv6 import RWKV6Config, RWKV6ForCausalLM
-
-        d_model = sizes["d_model"]
-        config = RWKV6Config(
-            attn_mode="chunk", hidden_size=d_model, expand_k=1.0, expand_v=1.0, hidden_ratio=3.5,
-            num_hidden_layers=sizes["n_layer"], num_heads=d_model // HEAD, proj_low_rank_dim=32,
-            gate_low_rank_dim=64, vocab_size=sizes["vocab_size"], max_position_embeddings=sizes["steps"],
-            fuse_norm=True, fuse_cross_entropy=True, use_cache=False,
-        )  # fmt: skip
-        self.model = RWKV6ForCausalLM(config).bfloat16().train()
-
-    def recompute(self, on: bool) -> None:
-        if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
-
-    def forward(self, ids: Tensor, labels: Tensor) -> Tensor:
-        return self.model(input_ids=ids, labels=labels, use_cache=False).loss
-
-
-@contextmanager
-def cheap_initial_values() -> Iterator[None]:
-    """Orthogonal matrices cost minutes at this size and change no time: normal ones instead."""
-    orthogonal = nn.init.orthogonal_
-
-    def normal(tensor: Tensor, gain: float = 1.0, generator: Any = None) -> Tensor:
-        return nn.init.normal_(tensor, std=gain / tensor.shape[-1] ** 0.5)
-
-    nn.init.orthogonal_ = normal
-    try:
-        yield
-    finally:
-        nn.init.orthogonal_ = orthogonal
-
-
-class Trainer:
-    """One model with its optimiser; `step` is what is timed."""
-
-    def __init__(self, make: Callable[[], nn.Module], device: torch.device) -> None:
-        before = allocated(device)
-        with cheap_initial_values(), torch.device(device):
-            self.model: Any = make()
-        fused = device.type == "cuda"
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=fused)
-        for parameter in self.model.parameters():  # moments exist before memory is read
-            parameter.grad = torch.zeros_like(parameter)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.static = allocated(device) - before
-
-    def step(self, ids: Tensor, labels: Tensor) -> Tensor:
-        loss = self.model(ids, labels)
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-
-def allocated(device: torch.device) -> int:
-    """Bytes in use on the device."""
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def matrix_parameters(model: nn.Module) -> int:
@@ -175,7 +54,7 @@ def step_flop(parameters: int, sizes: dict[str, int], batch: int) -> float:
 
 
 def timed_steps(
-    trainers: dict[str, Trainer], batch: int, sizes: dict[str, int], device: torch.device, *, rounds: int
+    trainers: dict[str, Any], batch: int, sizes: dict[str, int], device: torch.device, *, rounds: int
 ) -> dict[str, Row]:
     """Name -> median step ms, peak MiB of that model alone, last loss; the models take turns."""
     seen: dict[str, list[tuple[float, float]]] = {name: [] for name in trainers}
@@ -236,9 +115,29 @@ def measure(options: argparse.Namespace, sizes: dict[str, int], device: torch.de
         batch = largest_batch(trainers, options.batches, sizes, device)
         found = timed_steps(trainers, batch, sizes, device, rounds=options.rounds)
         rows += described(found, trainers, sizes, batch, how="eager", recompute=recompute)
+    if options.scans:
+        rows += scan_rows(trainers["ours"], rows, sizes, device, options.rounds)
     if options.compile:
         rows += compiled_rows(trainers["ours"], rows, sizes, device, options.rounds)
     return rows
+
+
+def scan_rows(
+    trainer: Trainer, rows: list[Row], sizes: dict[str, int], device: torch.device, rounds: int
+) -> list[Row]:
+    """Ours under uni, bi and 2d scans, taking turns, at the batch of the eager rows without checkpointing."""
+    side = int((sizes["steps"] // 2) ** 0.5)
+    tables = {"uni": scans.uni, "bi": scans.bi, "2d": scans.rows_and_columns}
+    made = {n: Scanned(trainer, t(sizes["n_layer"], side, side), device) for n, t in tables.items()}
+    batch = rows[0]["batch"]
+    trainer.model.recompute(False)
+    found = timed_steps(made, batch, sizes, device, rounds=rounds)
+    trainer.model.scan = None
+    result = []
+    for name, row in found.items():
+        one = {"ours": row}
+        result += described(one, {"ours": trainer}, sizes, batch, how=f"eager, scan {name}", recompute=False)
+    return result
 
 
 def compiled_rows(
@@ -257,7 +156,7 @@ def compiled_rows(
 
 
 def described(
-    found: dict[str, Row], trainers: dict[str, Trainer], sizes: dict[str, int], batch: int, *, how: str,
+    found: dict[str, Row], trainers: dict[str, Any], sizes: dict[str, int], batch: int, *, how: str,
     recompute: bool,
 ) -> list[Row]:  # fmt: skip
     """The measured numbers with tokens/s and utilisation; FLOP are counted on each model's own matrices."""
@@ -305,6 +204,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batches", default="4,2,1", help="tried in this order")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", action="store_true", help="our blocks under torch.compile too")
+    parser.add_argument("--scans", action="store_true", help="ours under the scans uni, bi and 2d too")
     parser.add_argument("--no-fla", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test the script")
     parser.add_argument("--device", default="cuda")

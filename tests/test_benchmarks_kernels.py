@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import kernels
-from benchmarks import kernel_errors, kernel_table, whole_model
+from benchmarks import kernel_errors, kernel_models, kernel_table, whole_model
 from benchmarks import kernels as bench
 from benchmarks.kernel_inputs import REGIMES, Ceilings, Shape, budget_mib, floor_ms, moved
 from benchmarks.kernel_peers import leaves, ours
@@ -114,21 +114,22 @@ def test_targets_fail_when_missed() -> None:
 
 def test_a_tiny_whole_model_run_counts_flop_and_tokens(tmp_path: Path) -> None:
     with kernels.use("reference"):
-        arguments = "--device cpu --tiny --no-fla --batches 2 --rounds 2 --out"
+        arguments = "--device cpu --tiny --no-fla --scans --batches 2 --rounds 2 --out"
         whole_model.main([*arguments.split(), str(tmp_path)])
     rows = json.loads((tmp_path / "whole_model.json").read_text())["rows"]
-    assert [row["recompute"] for row in rows] == [False, True]
+    assert [row["recompute"] for row in rows] == [False, True, False, False, False]
+    assert [row["how"] for row in rows[2:]] == ["eager, scan uni", "eager, scan bi", "eager, scan 2d"]
     for row in rows:
-        assert row["tokens_per_s"] == pytest.approx(2 * 16 * 1e3 / row["step_ms"], rel=0.01)
+        assert row["tokens_per_s"] == pytest.approx(2 * 32 * 1e3 / row["step_ms"], rel=0.01)
         assert 5.0 < row["loss"] < 6.5  # log 256 = 5.55 for an untrained model
 
 
 def test_whole_model_flop_are_six_a_parameter_and_token_and_the_recurrence() -> None:
-    sizes = whole_model.TINY
+    sizes = kernel_models.TINY
     with torch.device("meta"):
-        model = whole_model.Ours(sizes)
+        model = kernel_models.Ours(sizes)
     d, wide = 128, 448
     per_layer = 5 * d * d + d * 160 + 5 * 32 * d + 2 * d * 64 + 2 * d * wide + d * d + 2 * 64
     assert whole_model.matrix_parameters(model) == 2 * per_layer + 256 * d
     flop = whole_model.step_flop(10, sizes, 3)
-    assert flop == 3 * 16 * (60 + 2 * 2 * 14 * 64 * (64 + 64))
+    assert flop == 3 * 32 * (60 + 2 * 2 * 14 * 64 * (64 + 64))
