@@ -243,7 +243,7 @@ def warm(bench: Bench, ops: list[str], parts: list[str]) -> None:
     The variants (head counts, state, types) then come from Triton's disk cache.
     """
     tuned = Path(bench.options.out) / "fla_tuned.json"
-    start_builds([int(op[-1]) for op in ops])
+    start_builds([int(op[-1]) for op in ops if "rwkv package" in bench.runs(op)])
     for op in ops:
         warm_variant(bench, f"{op}:{bench.shapes(op)[0].width}:bf16:plain")
     bench.say(f"peers tuned: {len(kernel_tuning.WINNERS)} kernels")
@@ -255,7 +255,8 @@ def warm(bench: Bench, ops: list[str], parts: list[str]) -> None:
         jobs += [f"{op}:32:bf16:packed" for op in heads]
     if "error" in parts:
         jobs += [f"{op}:{'384' if op == 'wkv4' else '12'}:{d}:state" for op in ops for d in DTYPES]
-    command = [sys.executable, "-m", "benchmarks.kernels", "--out", bench.options.out, "--warm"]
+    command = [sys.executable, "-m", "benchmarks.kernels", "--out", bench.options.out]
+    command += ["--backend", bench.backend, "--impls", ",".join(bench.options.impls), "--warm"]
     shares = [jobs[i :: bench.options.workers] for i in range(bench.options.workers)]
     running = [subprocess.Popen([*command, ",".join(share)]) for share in shares if share]
     for process in running:
