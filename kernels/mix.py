@@ -17,7 +17,9 @@ from torch import Tensor
 
 from .dispatch import interpreted, pick, register
 
-__all__ = ["activation_dtype", "lerp", "mix6", "unfit"]
+__all__ = ["activation_dtype", "lerp", "mix6"]
+
+_LARGEST_RANK = 64  # of the low-rank shares that the Triton kernels hold in registers
 
 
 def activation_dtype(x: Tensor) -> torch.dtype:
@@ -92,7 +94,7 @@ def mix6(
         raise ValueError(f"mix6: shares must be five tensors of D = {width} elements")
     table = torch.cat([s.reshape(1, -1) for s in shares])  # [5, D]
     before = None if before is None else before.to(x.dtype)
-    why = unfit(x, low, table)
+    why = unfit(x, low, table) or (f"a rank of {w2.shape[1]}" if w2.shape[1] > _LARGEST_RANK else "")
     if interpreted() and low.dtype == torch.bfloat16:
         why = "Triton's interpreter computes bfloat16 products wrongly"
     run = pick("mix6", backend, x.device, why)

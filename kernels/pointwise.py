@@ -28,7 +28,7 @@ def log_decay(base: Tensor, shift: Tensor | None = None, *, backend: str | None 
 
 
 def relu_squared(x: Tensor, *, backend: str | None = None) -> Tensor:
-    """relu(x)^2, any shape, in the type that a matrix product gives it. Source: So et al. 2021 (2109.08668)."""
+    """relu(x)^2, any shape, in the type that a matrix product gives it (So et al. 2021, arXiv 2109.08668)."""
     return pick("relu_squared", backend, x.device, unfit(x))(x, activation_dtype(x))
 
 

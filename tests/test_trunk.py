@@ -23,7 +23,8 @@ def written_out(model: LanguageModel, x: Tensor, table: list[list[int]], starts:
         for b, s in enumerate(starts):
             if s != NO_IMAGE:
                 moved[b, s : s + len(order)] = x[b, s + order]
-        moved, _, _ = block(moved, None, None, None)
+        moved, late, _, _ = block(moved)
+        moved = moved + late
         x = moved.clone()
         for b, s in enumerate(starts):
             if s != NO_IMAGE:

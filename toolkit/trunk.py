@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from kernels.norm import add_norm, reorder
 from toolkit.contracts import NO_IMAGE, Recurrence
 
 LayerState = tuple[tuple[Tensor, ...], Tensor]
@@ -17,35 +17,18 @@ State = list[LayerState]
 """State of the whole trunk, one entry per layer; constant size whatever was read before."""
 
 
-class Permute(torch.autograd.Function):
-    """Reorders the rows of x [R, D]; the gradient is reordered back by the inverse permutation.
-
-    Autograd's own backward of an index is a scatter-add, whose atomics are not reproducible on a GPU.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, index: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(index, inverse)
-        return x.index_select(0, index)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        index, inverse = ctx.saved_tensors
-        return Permute.apply(grad, inverse, index), None, None
-
-
 class ScanSteps(nn.Module):
     """The scan of a whole trunk as one gather between layers.
 
     A scan says in which order layer l reads the patches; undoing layer l's order and applying layer
     l+1's fuse into one permutation, and none where two rows are alike (a unidirectional scan costs
-    nothing). Equal to reordering before and undoing after each block, as the original does.
+    nothing). Equal to reordering before and undoing after each block, as the original does. The gather
+    itself happens where the next block forms its residual sum and LayerNorm (`kernels.norm.add_norm`).
 
     table: [n_layer][P] patch indices in reading order (`contracts.Scan`).
     """
 
     steps: Tensor
-    inverses: Tensor
 
     def __init__(self, table: Sequence[Sequence[int]]) -> None:
         super().__init__()
@@ -68,28 +51,29 @@ class ScanSteps(nn.Module):
         steps = torch.stack(unique) if unique else plain.new_empty(0, self.n_patches)
         # Not persistent: derived from the recipe. The original stores its orders in some checkpoints.
         self.register_buffer("steps", steps, persistent=False)
-        self.register_buffer("inverses", torch.argsort(steps, dim=-1), persistent=False)
 
-    def indices(self, image_start: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
-        """Row indices over a flattened [B*T] for each distinct step, and their inverses.
+    def indices(self, image_start: Tensor, length: int) -> list[Tensor | None]:
+        """Before each layer and after the last: row indices over a flattened [B*T], None for no move.
 
-        image_start: [B], NO_IMAGE where a sample has no image; each sample has its own position.
+        image_start: [B], NO_IMAGE where a sample has no image; each sample has its own position. Once per
+        batch, and nothing waits for the device.
         """
         where = torch.arange(length, device=image_start.device)
-        offset = where - image_start.unsqueeze(1)  # [B, T]
-        inside = (offset >= 0) & (offset < self.n_patches) & (image_start.unsqueeze(1) != NO_IMAGE)
+        start = image_start.unsqueeze(1)  # [B, 1]
+        offset = where - start  # [B, T]
+        inside = (offset >= 0) & (offset < self.n_patches) & (start != NO_IMAGE)
         offset = offset.clamp(0, max(0, self.n_patches - 1))
         base = torch.arange(image_start.shape[0], device=image_start.device).unsqueeze(1) * length
-
-        def rows(step: Tensor) -> Tensor:
-            moved = torch.where(inside, image_start.unsqueeze(1) + step[offset], where)
-            return (base + moved).flatten()  # [B*T]
-
-        return [(rows(s), rows(i)) for s, i in zip(self.steps, self.inverses, strict=True)]
+        moved = torch.where(inside, start + self.steps[:, offset], where) + base  # [steps, B, T]
+        rows = moved.flatten(1).unbind()
+        return [None if which is None else rows[which] for which in self.use]
 
 
 class Block(nn.Module):
-    """x + time mix, x + channel mix, each on its own LayerNorm; the first block also normalises its input."""
+    """x + time mix, x + channel mix, each on its own LayerNorm; the first block also normalises its input.
+
+    The last sum is left to the next block, where it is one kernel with the reordering and the LayerNorm.
+    """
 
     def __init__(self, recurrence: Recurrence, layer: int, d_model: int) -> None:
         super().__init__()
@@ -101,16 +85,37 @@ class Block(nn.Module):
         self.ffn = recurrence.channel_mix(layer)
 
     def forward(
-        self, x: Tensor, state: LayerState | None, stream: Tensor | None, lengths: Tensor | None
-    ) -> tuple[Tensor, LayerState, Tensor | None]:
-        """x [B, T, D] -> (x [B, T, D], state, stream)."""
+        self,
+        x: Tensor,
+        late: Tensor | None = None,
+        state: LayerState | None = None,
+        stream: Tensor | None = None,
+        lengths: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, LayerState, Tensor | None]:
+        """x + late [B,T,D], its rows moved by `index` [B*T] -> (x, late, state, stream), the same sum."""
         time_state, channel_state = state or (None, None)
+        if stream is not None and index is not None:
+            stream = reorder(stream, index)
         if hasattr(self, "ln0"):
-            x = self.ln0(x)
-        y, time_state, stream = self.att(self.ln1(x), time_state, stream, lengths)
-        x = x + y
-        y, channel_state = self.ffn(self.ln2(x), channel_state, lengths)
-        return x + y, (time_state, channel_state), stream
+            x, late, index = self.ln0(_settled(x, late, index)), None, None
+        x, normed = summed(x, late, index, self.ln1)
+        y, time_state, stream = self.att(normed, time_state, stream, lengths)
+        x, normed = summed(x, y, None, self.ln2)
+        y, channel_state = self.ffn(normed, channel_state, lengths)
+        return x, y, (time_state, channel_state), stream
+
+
+def summed(x: Tensor, late: Tensor | None, index: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    """(x + late with its rows moved by `index`, the LayerNorm of that), [B, T, D] each."""
+    if late is None and index is None:
+        return x, norm(x)
+    return add_norm(x, late, norm.weight, norm.bias, norm.eps, index=index)
+
+
+def _settled(x: Tensor, late: Tensor | None, index: Tensor | None) -> Tensor:
+    x = x if late is None else x + late
+    return x if index is None else reorder(x, index)
 
 
 class LanguageModel(nn.Module):
@@ -142,26 +147,15 @@ class LanguageModel(nn.Module):
         layer; text is never moved, so generation after the image needs no scan. The state is the one
         at each sample's own end (`lengths` [B], None: T), in reading order of plain text.
         """
-        moves = scan.indices(image_start, x.shape[1]) if scan is not None and image_start is not None else []
+        moves: list[Tensor | None] = [None] * (len(self.blocks) + 1)
+        if scan is not None and image_start is not None:
+            moves = scan.indices(image_start, x.shape[1])
+        late: Tensor | None = None
         stream: Tensor | None = None
         after: State = []
         for layer, block in enumerate(self.blocks):
-            x, stream = self._reorder(x, stream, scan, moves, layer)
-            x, new, stream = block(x, None if state is None else state[layer], stream, lengths)
+            before = None if state is None else state[layer]
+            x, late, new, stream = block(x, late, before, stream, lengths, moves[layer])
             after.append(new)
-        x, _ = self._reorder(x, None, scan, moves, len(self.blocks))
-        return self.ln_out(x), after
-
-    @staticmethod
-    def _reorder(
-        x: Tensor, stream: Tensor | None, scan: ScanSteps | None, moves: list[tuple[Tensor, Tensor]], at: int
-    ) -> tuple[Tensor, Tensor | None]:
-        which = scan.use[at] if scan is not None and moves else None
-        if which is None:
-            return x, stream
-        index, inverse = moves[which]
-
-        def moved(t: Tensor) -> Tensor:
-            return Permute.apply(t.flatten(0, 1), index, inverse).view(t.shape)
-
-        return moved(x), None if stream is None else moved(stream)
+        _, normed = summed(x, late, moves[-1], self.ln_out)
+        return normed, after

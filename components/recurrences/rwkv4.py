@@ -6,8 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from components.recurrences import steps
-from components.recurrences.shared import ChannelMix, Ramps, last_token, linear, token_shift
+from components.recurrences.shared import ChannelMix, Ramps, last_token, linear
 from kernels import wkv4
+from kernels.mix import lerp
+from kernels.pointwise import log_decay, sigmoid_gate
 from kernels.step import Late
 
 
@@ -33,14 +35,10 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """x [B, T, D] -> (y [B, T, D], state, stream unchanged)."""
         before, memory = state or (None, None)
-        previous = token_shift(x, before)
-        k = self.key(torch.lerp(previous, x, self.time_mix_k))
-        v = self.value(torch.lerp(previous, x, self.time_mix_v))
-        r = torch.sigmoid(self.receptance(torch.lerp(previous, x, self.time_mix_r)))
-        # The decay is formed in fp32 (or fp64) whatever the activations are: exp of a bf16 value drifts.
-        log_w = -torch.exp(self.time_decay)  # [D]
-        y, memory = wkv4(k, v, log_w, self.time_first, memory, lengths=lengths)
-        return self.output(r * y), (last_token(x, lengths), memory), stream
+        xk, xv, xr = lerp(x, before, (self.time_mix_k, self.time_mix_v, self.time_mix_r), current=True)
+        k, v, r = self.key(xk), self.value(xv), self.receptance(xr)  # [B, T, D]
+        y, memory = wkv4(k, v, log_decay(self.time_decay), self.time_first, memory, lengths=lengths)
+        return self.output(sigmoid_gate(r, y)), (last_token(x, lengths), memory), stream
 
     def step_(self, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: tuple[Tensor, ...]) -> Late:
         """One token in place, for generation; see `steps`."""

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from components.recurrences import steps
 from components.recurrences.shared import (
@@ -15,9 +13,10 @@ from components.recurrences.shared import (
     head_size_of,
     last_token,
     linear,
-    token_shift,
 )
 from kernels import wkv5
+from kernels.mix import lerp
+from kernels.pointwise import log_decay
 from kernels.step import Late
 
 
@@ -49,16 +48,15 @@ class TimeMix(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """x [B, T, D] -> (y [B, T, D], state, stream unchanged)."""
         before, memory = state or (None, None)
-        previous = token_shift(x, before)
+        shares = (self.time_mix_r, self.time_mix_k, self.time_mix_v, self.time_mix_g)
+        xr, xk, xv, xg = lerp(x, before, shares, current=True)
         heads = (*x.shape[:2], *self.time_decay.shape)
-        r = self.receptance(torch.lerp(previous, x, self.time_mix_r)).view(heads)  # [B, T, H, N]
-        k = self.key(torch.lerp(previous, x, self.time_mix_k)).view(heads)
-        v = self.value(torch.lerp(previous, x, self.time_mix_v)).view(heads)
-        g = F.silu(self.gate(torch.lerp(previous, x, self.time_mix_g)))  # [B, T, D]
-        # The decay is formed in fp32 (or fp64) whatever the activations are: exp of a bf16 value drifts.
-        log_w = -torch.exp(self.time_decay)  # [H, N]
+        r = self.receptance(xr).view(heads)  # [B, T, H, N]
+        k = self.key(xk).view(heads)
+        v = self.value(xv).view(heads)
+        log_w = log_decay(self.time_decay)  # [H, N]
         y, memory = wkv5(r, k, v, log_w, self.time_faaaa, memory, lengths=lengths)
-        return self.output(self.ln_x(y) * g), (last_token(x, lengths), memory), stream
+        return self.output(self.ln_x(y, self.gate(xg))), (last_token(x, lengths), memory), stream
 
     def step_(self, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: tuple[Tensor, ...]) -> Late:
         """One token in place, for generation; see `steps`."""

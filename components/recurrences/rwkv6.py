@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from components.recurrences import steps
 from components.recurrences.shared import (
@@ -15,9 +14,10 @@ from components.recurrences.shared import (
     head_size_of,
     last_token,
     linear,
-    token_shift,
 )
 from kernels import wkv6
+from kernels.mix import lerp, mix6
+from kernels.pointwise import log_decay
 from kernels.step import Late
 
 
@@ -53,34 +53,31 @@ class TimeMix(nn.Module):
         # RWKV-LM's generator: deeper layers start with a larger output scale.
         nn.init.constant_(self.ln_x.weight, ((1 + ramps.layer) / ramps.n_layer) ** 0.7)
 
-    def mixed(self, x: Tensor, previous: Tensor) -> tuple[Tensor, ...]:
+    def mixed(self, x: Tensor, before: Tensor | None) -> list[Tensor]:
         """Data-dependent token shift ("ddlerp"): x as seen by w, k, v, r and g, each [B, T, D]."""
-        delta = previous - x
-        low = torch.tanh(torch.addcmul(x, delta, self.time_maa_x) @ self.time_maa_w1)
-        low = low.unflatten(-1, (5, -1)).flatten(0, 1).transpose(0, 1)  # [5, B*T, rank]
-        shares = torch.bmm(low, self.time_maa_w2.to(low.dtype)).view(5, *x.shape)  # [5, B, T, D]
-        stored = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
-        return tuple(torch.addcmul(x, delta, mu + m) for mu, m in zip(stored, shares.unbind(), strict=True))
+        (mean,) = lerp(x, before, (self.time_maa_x,))
+        low = torch.tanh(mean @ self.time_maa_w1.to(mean.dtype))  # [B, T, 5 * rank]
+        shares = (self.time_maa_w, self.time_maa_k, self.time_maa_v, self.time_maa_r, self.time_maa_g)
+        return mix6(x, before, low, self.time_maa_w2, shares)
 
     def log_decay(self, xw: Tensor) -> Tensor:
-        """log w = -exp(d + tanh(x_w A) B), [B, T, D], in fp32 (or fp64): exp of a bf16 value drifts."""
+        """log w = -exp(d + tanh(x_w A) B), [B, T, D], in fp32 (or fp64)."""
         shift = torch.tanh(xw @ self.time_decay_w1.to(xw.dtype)) @ self.time_decay_w2.to(xw.dtype)
-        return -torch.exp(self.time_decay + shift.to(self.time_decay.dtype))
+        return log_decay(self.time_decay, shift)
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, stream: Tensor | None, lengths: Tensor | None
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """x [B, T, D] -> (y [B, T, D], state, stream unchanged)."""
         before, memory = state or (None, None)
-        xw, xk, xv, xr, xg = self.mixed(x, token_shift(x, before))
+        xw, xk, xv, xr, xg = self.mixed(x, before)
         heads = (*x.shape[:2], *self.time_faaaa.shape)
         r = self.receptance(xr).view(heads)  # [B, T, H, N]
         k = self.key(xk).view(heads)
         v = self.value(xv).view(heads)
-        g = F.silu(self.gate(xg))  # [B, T, D]
         log_w = self.log_decay(xw).view(heads)
         y, memory = wkv6(r, k, v, log_w, self.time_faaaa, memory, lengths=lengths)
-        return self.output(self.ln_x(y) * g), (last_token(x, lengths), memory), stream
+        return self.output(self.ln_x(y, self.gate(xg))), (last_token(x, lengths), memory), stream
 
     def step_(self, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: tuple[Tensor, ...]) -> Late:
         """One token in place, for generation; see `steps`."""

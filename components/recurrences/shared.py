@@ -6,9 +6,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from components.recurrences import steps
+from kernels.mix import lerp
+from kernels.norm import head_norm
+from kernels.pointwise import relu_squared, sigmoid_gate
 from kernels.step import Late
 
 
@@ -82,16 +84,6 @@ def linear(d_in: int, d_out: int, *, scale: float) -> nn.Linear:
     return layer
 
 
-def token_shift(x: Tensor, last: Tensor | None) -> Tensor:
-    """The previous token of each position; `last` [B, D] (or zeros) stands before the first."""
-    if x.shape[1] == 1 and last is not None:
-        return last.to(x.dtype).unsqueeze(1)
-    shifted = F.pad(x, (0, 0, 1, -1))  # [B, T, D]
-    if last is not None:
-        shifted = torch.cat((last.to(x.dtype).unsqueeze(1), shifted[:, 1:]), dim=1)
-    return shifted
-
-
 def last_token(x: Tensor, lengths: Tensor | None) -> Tensor:
     """Each sample's own last token of x [B, T, D]: the state of a token shift, [B, D]."""
     if lengths is None:
@@ -120,14 +112,10 @@ class ChannelMix(nn.Module):
 
     def forward(self, x: Tensor, state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B, T, D], state [B, D] or None -> (y [B, T, D], state [B, D])."""
-        previous = token_shift(x, state)
-        k_mix, r_mix = getattr(self, f"{self.mix}_k"), getattr(self, f"{self.mix}_r")
-        if self.mix == "time_mix":
-            xk, xr = torch.lerp(previous, x, k_mix), torch.lerp(previous, x, r_mix)
-        else:
-            xk, xr = torch.lerp(x, previous, k_mix), torch.lerp(x, previous, r_mix)
-        hidden = torch.relu(self.key(xk)).square()  # [B, T, d_ffn]
-        return torch.sigmoid(self.receptance(xr)) * self.value(hidden), last_token(x, lengths)
+        shares = (getattr(self, f"{self.mix}_k"), getattr(self, f"{self.mix}_r"))
+        xk, xr = lerp(x, state, shares, current=self.mix == "time_mix")
+        hidden = relu_squared(self.key(xk))  # [B, T, d_ffn]
+        return sigmoid_gate(self.receptance(xr), self.value(hidden)), last_token(x, lengths)
 
     def step_(self, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: Tensor) -> Late:
         """One token in place, for generation; see `steps`."""
@@ -135,7 +123,7 @@ class ChannelMix(nn.Module):
 
 
 class HeadNorm(nn.GroupNorm):
-    """Group norm over each head's N channels of y [B, T, H, N], with eps 64e-5.
+    """Group norm over each head's N channels of y [B, T, H, N], with eps 64e-5, times silu(gate).
 
     RWKV-5 divides y by 8 and uses eps 1e-5, which is the same function.
     """
@@ -143,7 +131,6 @@ class HeadNorm(nn.GroupNorm):
     def __init__(self, n_head: int, d_model: int) -> None:
         super().__init__(n_head, d_model, eps=64e-5)
 
-    def forward(self, y: Tensor) -> Tensor:
-        """y [B, T, H, N] -> [B, T, D]."""
-        b, t, h, n = y.shape
-        return super().forward(y.reshape(b * t, h * n)).view(b, t, h * n)
+    def forward(self, y: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        """y [B, T, H, N], gate [B, T, D] -> [B, T, D]."""
+        return head_norm(y, gate, self.weight, self.bias, self.eps)

@@ -87,8 +87,8 @@ def _flags(index: Tensor | None, width: int) -> dict[str, Any]:
 @torch.library.custom_op(
     "visualrwkv::add_norm",
     mutates_args=(),
-    schema="(Tensor x, Tensor? y, Tensor? index, Tensor weight, Tensor bias, float eps, ScalarType total_dtype,"
-    " ScalarType dtype) -> (Tensor, Tensor)",
+    schema="(Tensor x, Tensor? y, Tensor? index, Tensor weight, Tensor bias, float eps,"
+    " ScalarType total_dtype, ScalarType dtype) -> (Tensor, Tensor)",
 )
 def _op(
     x: Tensor, y: Tensor | None, index: Tensor | None, weight: Tensor, bias: Tensor, eps: float,

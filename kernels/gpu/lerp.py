@@ -76,7 +76,7 @@ def _lerp_grad(g0, g1, g2, g3, x, before, shares, dx, dbefore, partial, rows, T,
             next_grad = tl.load(grads[i] + at + D, mask=later, other=0.0).to(tl.float32)
             own += grad + (next_grad - grad) * share[None, :]
             back += grad * share[None, :]
-            new = new + (sums[i] + grad * change,)
+            new = new + (sums[i] + grad * change,)  # type: ignore[assignment]  # noqa: RUF005
         sums = new
         tl.store(dx + at, own.to(dx.dtype.element_ty), mask=inside)
         if HAS_BEFORE:
@@ -108,9 +108,7 @@ def four(tensors: list[Tensor]) -> list[Tensor]:
     mutates_args=(),
     schema="(Tensor x, Tensor? before, Tensor shares, bool current, ScalarType dtype) -> Tensor[]",
 )
-def _op(
-    x: Tensor, before: Tensor | None, shares: Tensor, current: bool, dtype: torch.dtype
-) -> list[Tensor]:
+def _op(x: Tensor, before: Tensor | None, shares: Tensor, current: bool, dtype: torch.dtype) -> list[Tensor]:
     x, shares = x.contiguous(), shares.contiguous()
     before = None if before is None else before.contiguous()
     rows, time, width = flat(x)
@@ -177,8 +175,6 @@ def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
 _op.register_autograd(_gradients, setup_context=_keep)
 
 
-def lerp(
-    x: Tensor, before: Tensor | None, shares: Tensor, current: bool, dtype: torch.dtype
-) -> list[Tensor]:
+def lerp(x: Tensor, before: Tensor | None, shares: Tensor, current: bool, dtype: torch.dtype) -> list[Tensor]:
     """x [B, T, D], before [B, D] or None, shares [n, D], n up to 4 -> n tensors [B, T, D] of `dtype`."""
     return torch.ops.visualrwkv.lerp(x, before, shares, current, dtype)

@@ -123,8 +123,9 @@ def _backward_op(
     dy, dgate = torch.empty_like(y), torch.empty_like(gate)
     sums = torch.empty(2, programs, weight.shape[0], dtype=torch.float32, device=y.device)
     _head_norm_grad[(programs, tiles)](
-        dout, y, gate, weight, bias, dy, dgate, sums[0], sums[1], rows, y.shape[2], eps=eps, turns=turns, **tile
-    )
+        dout, y, gate, weight, bias, dy, dgate, sums[0], sums[1], rows, y.shape[2], eps=eps, turns=turns,
+        **tile,
+    )  # fmt: skip
     dweight, dbias = sums.sum(1).unbind()
     return dy, dgate, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True)
 

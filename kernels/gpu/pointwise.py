@@ -196,9 +196,7 @@ def _(base: Tensor, shift: Tensor) -> Tensor:
     mutates_args=(),
     schema="(Tensor dout, Tensor out, Tensor base, ScalarType dtype) -> (Tensor, Tensor)",
 )
-def _decay_backward_op(
-    dout: Tensor, out: Tensor, base: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def _decay_backward_op(dout: Tensor, out: Tensor, base: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Gradients of base and shift: both are d out * out."""
     dout, out = dout.contiguous(), out.contiguous()
     rows, width, tiles = _grid(out)
