@@ -46,15 +46,15 @@ def store_tile(base, row, n, stride, x, N: tl.constexpr, L: tl.constexpr):
 
 
 @triton.jit
-def square(N: tl.constexpr):
-    """Offsets of a [V, K] tile in a [V][K] buffer."""
-    return tl.arange(0, N)[:, None] * N + tl.arange(0, N)[None, :]
+def square(cut, N: tl.constexpr, BV: tl.constexpr):
+    """Offsets of value channels cut..cut+BV, a [BV, K] tile, in a [V][K] buffer."""
+    return (cut + tl.arange(0, BV))[:, None] * N + tl.arange(0, N)[None, :]
 
 
 @triton.jit
-def square_t(N: tl.constexpr):
-    """Offsets of a [V, K] tile in the public [K][V] state."""
-    return tl.arange(0, N)[:, None] + tl.arange(0, N)[None, :] * N
+def square_t(cut, N: tl.constexpr, BV: tl.constexpr):
+    """The same in a public [K][V] state."""
+    return (cut + tl.arange(0, BV))[:, None] + tl.arange(0, N)[None, :] * N
 
 
 @triton.jit

@@ -9,26 +9,29 @@ import torch
 from torch import Tensor
 
 from .wkv6_backward import backward
-from .wkv6_forward import combine, forward, local
+from .wkv6_forward import combine, local, walk
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
 class Tiles(NamedTuple):
-    """Tuned on an H100 (docs/kernels.md): steps per chunk, warps and pipeline depth of the two walks."""
+    """Tuned on an H100 (docs/kernels.md): steps per chunk, value channels of a walk and key channels of a
+    backward program, warps and pipeline depth of each."""
 
     chunk: int
+    values: int
     warps: int
     stages: int
+    keys: int
     warps_back: int
     stages_back: int
 
 
 TILES = {
-    16: Tiles(64, 4, 1, 4, 1),
-    32: Tiles(64, 4, 1, 4, 1),
-    64: Tiles(64, 4, 1, 8, 1),
-    128: Tiles(32, 8, 1, 8, 1),
+    16: Tiles(64, 16, 4, 1, 16, 4, 1),
+    32: Tiles(64, 32, 4, 1, 32, 4, 1),
+    64: Tiles(64, 64, 4, 1, 32, 4, 1),
+    128: Tiles(32, 64, 4, 1, 32, 4, 1),
 }
 """Head size -> tiles."""
 
@@ -36,7 +39,7 @@ MILD = 60.0
 """Largest decay of a chunk, in powers of two, that one reference point serves (docs/kernels.md)."""
 
 PROGRAMS = 264
-"""Walks wanted at least: two on each multiprocessor of an H100. Fewer heads than that are cut into segments."""
+"""Walks wanted at least: two on each multiprocessor of an H100; with fewer heads, time is cut into segments."""
 
 SHORTEST = 8
 """Chunks that a segment has at least."""
@@ -67,19 +70,33 @@ def plan(r: Tensor, cu: Tensor | None) -> Plan:
     return Plan(sequences, chunks + sequences, per_segment, -(-chunks // per_segment) + sequences)
 
 
-def _table(cu: Tensor, p: Plan, chunk: int) -> tuple[Tensor, Tensor]:
-    """Packed segments: (sequence, segment) of each program, -1 for programs left over [P, 2]; first one [S]."""
+def _table(cu: Tensor, steps: int, programs: int) -> tuple[Tensor, Tensor]:
+    """Packed: (sequence, piece of `steps` steps) of each program [P, 2], -1 if left over; first one [S].
+
+    Made on the device: nothing waits for the lengths.
+    """
     lengths = (cu[1:] - cu[:-1]).long()
-    steps = p.per_segment * chunk
     counts = ((lengths + steps - 1) // steps).clamp(min=1)  # [S]
     ends = counts.cumsum(0)
-    program = torch.arange(p.segments, device=cu.device)
+    return _pieces(ends, ends - counts, programs)
+
+
+def _chunk_table(cu: Tensor, chunk: int, programs: int) -> Tensor:
+    """(sequence, chunk) of each chunk state: sequence s has those from cu[s] // chunk + s on."""
+    firsts = torch.div(cu[:-1].long(), chunk, rounding_mode="floor") + torch.arange(
+        cu.shape[0] - 1, device=cu.device
+    )
+    last = firsts.new_full((1,), programs)
+    return _pieces(torch.cat((firsts[1:], last)), firsts, programs)[0]
+
+
+def _pieces(ends: Tensor, firsts: Tensor, programs: int) -> tuple[Tensor, Tensor]:
+    program = torch.arange(programs, device=ends.device)
     seq = torch.searchsorted(ends, program, right=True)
-    inside = seq < p.sequences
-    seq = seq.clamp(max=p.sequences - 1)
-    firsts = ends - counts
-    segment = torch.where(inside, program - firsts[seq], -1)
-    return torch.stack((seq, segment), 1).int().contiguous(), firsts.int()
+    inside = seq < ends.shape[0]
+    seq = seq.clamp(max=ends.shape[0] - 1)
+    piece = torch.where(inside, program - firsts[seq], -1)
+    return torch.stack((seq, piece), 1).int().contiguous(), firsts.int()
 
 
 def _strides(*tensors: Tensor) -> list[int]:
@@ -107,7 +124,7 @@ def _launch(r: Tensor, w: Tensor, cu: Tensor | None, lengths: Tensor | None) -> 
     table = firsts = None
     programs = p.sequences * p.segments
     if cu is not None and p.segments > 1:
-        table, firsts = _table(cu, p, tiles.chunk)
+        table, firsts = _table(cu, p.per_segment * tiles.chunk, p.segments)
         programs = p.segments
     flags = {
         "STATIC": w.dim() == 2,
@@ -119,28 +136,26 @@ def _launch(r: Tensor, w: Tensor, cu: Tensor | None, lengths: Tensor | None) -> 
 
 
 def _carry(
-    go: _Launch, a: Tensor, x: Tensor, w: Tensor, start: Tensor | None, end: Tensor | None,
-    cu: Tensor | None, lengths: Tensor | None,
+    go: _Launch, a: Tensor, x: Tensor, w: Tensor, start: Tensor | None, cu: Tensor | None,
+    lengths: Tensor | None, *, reverse: bool,
 ) -> Tensor | None:  # fmt: skip
-    """The state each segment starts from [P, H, V, K]; with `end`, the backward walk's. None: one segment."""
+    """The state each segment starts from [P, H, V, K], from `start` on. None: there is one segment."""
     if not go.carried:
         return None
     time, heads = a.shape[1:3]
     p, n = go.plan, go.n
     carry = torch.empty(go.grid[1], heads, n, n, dtype=torch.float32, device=a.device)
     fades = torch.empty(go.grid[1], heads, n, dtype=torch.float32, device=a.device)
-    back = {"REVERSE": end is not None}
-    segments = p.segments
     local[go.grid](
-        a, x, w, carry, fades, cu, lengths, go.table, time, heads, p.per_segment, segments,
-        *_strides(a, x, w), N=n, L=go.tiles.chunk, **go.flags, **back,
+        a, x, w, carry, fades, cu, lengths, go.table, time, heads, p.per_segment, p.segments,
+        *_strides(a, x, w), N=n, L=go.tiles.chunk, **go.flags, REVERSE=reverse,
         num_warps=4, num_stages=1,
     )  # fmt: skip
     rows = min(n, 16)
     combine[(heads, p.sequences, n // rows)](
-        carry, fades, start, end, cu, lengths, go.firsts, time, heads, p.per_segment, segments,
+        carry, fades, start, cu, lengths, go.firsts, time, heads, p.per_segment, p.segments,
         N=n, ROWS=rows, L=go.tiles.chunk, PACKED=go.flags["PACKED"], HAS_LEN=go.flags["HAS_LEN"],
-        HAS_START=start is not None, **back, num_warps=1,
+        HAS_START=start is not None, REVERSE=reverse, num_warps=1,
     )  # fmt: skip
     return carry
 
@@ -158,21 +173,29 @@ def _wkv6(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(y, final state, chunk states for the backward pass: empty without `save`); w [H,N] is RWKV-5."""
     go = _launch(r, w, cu, lengths)
-    p, n, tiles = go.plan, go.n, go.tiles
-    time, heads = r.shape[1:3]
+    p, n, heads = go.plan, go.n, r.shape[2]
     y = _output(r, lengths)
     final = torch.empty(p.sequences, heads, n, n, dtype=torch.float32, device=r.device)
     chunks = torch.empty(_chunk_shape(r, cu, save), dtype=torch.float32, device=r.device)
     state = None if state is None else state.contiguous()
-    carry = _carry(go, k, v, w, state, None, cu, lengths)
-    forward[go.grid](
-        r, k, v, w, u.contiguous(), y, state, final, chunks, carry, cu, lengths, go.table,
-        time, heads, p.per_segment, p.slots, p.segments, *_strides(r, k, v, w),
-        N=n, L=tiles.chunk, LEVELS=tiles.chunk.bit_length() - 1, LIMIT=MILD, **go.flags,
-        HAS_STATE=state is not None, CARRY=go.carried, SAVE=save,
+    carry = _carry(go, k, v, w, state, cu, lengths, reverse=False)
+    _walk(go, r, k, v, w, u, y, state, final, chunks if save else None, carry, cu, lengths)
+    return y, final, chunks
+
+
+def _walk(
+    go: _Launch, r: Tensor, k: Tensor, x: Tensor, w: Tensor, u: Tensor, y: Tensor, state: Tensor | None,
+    final: Tensor, chunks: Tensor | None, carry: Tensor | None, cu: Tensor | None,
+    lengths: Tensor | None, *, reverse: bool = False,
+) -> None:  # fmt: skip
+    p, n, tiles = go.plan, go.n, go.tiles
+    walk[(go.grid[0] * (n // tiles.values), go.grid[1])](
+        r, k, x, w, u.contiguous(), y, state, final, chunks, carry, cu, lengths, go.table,
+        r.shape[1], r.shape[2], p.per_segment, p.slots, p.segments, *_strides(r, k, x, w),
+        N=n, BV=tiles.values, L=tiles.chunk, LEVELS=tiles.chunk.bit_length() - 1, LIMIT=MILD, **go.flags,
+        HAS_STATE=state is not None, CARRY=go.carried, SAVE=chunks is not None, REVERSE=reverse,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-    return y, final, chunks
 
 
 def _chunk_shape(r: Tensor, cu: Tensor | None, save: bool) -> tuple[int, ...]:
@@ -205,16 +228,20 @@ def _wkv6_backward(
     dy = dy.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
     dr, dk, dv = (_output(r, lengths) for _ in range(3))
-    rows = (go.grid[1], heads, n)
-    du = torch.zeros(rows, dtype=torch.float32, device=r.device)
-    dw = torch.zeros_like(du) if go.flags["STATIC"] else _output(r, lengths, w.dtype)
     dstate = torch.empty(p.sequences, heads, n, n, dtype=torch.float32, device=r.device)
-    carry = _carry(go, r, dy, w, dfinal, dstate, cu, lengths)
-    backward[go.grid](
-        r, k, v, w, u.contiguous(), dy, dfinal, dr, dk, dv, dw, du, dstate, chunks, carry, cu, lengths,
-        go.table, time, heads, p.per_segment, p.slots, p.segments, *_strides(r, k, v, w),
-        N=n, L=tiles.chunk, LEVELS=tiles.chunk.bit_length() - 1, LIMIT=MILD, **go.flags,
-        HAS_FINAL=dfinal is not None, CARRY=go.carried,
+    dchunks = torch.empty_like(chunks)
+    carry = _carry(go, r, dy, w, dfinal, cu, lengths, reverse=True)
+    _walk(go, r, k, dy, w, u, dv, dfinal, dstate, dchunks, carry, cu, lengths, reverse=True)
+    slots = chunks.shape[0]
+    table = None if cu is None else _chunk_table(cu, tiles.chunk, slots)
+    ragged = cu is not None or lengths is not None  # then some programs have nothing to write
+    make = torch.zeros if ragged else torch.empty
+    du = make((slots, heads, n), dtype=torch.float32, device=r.device)
+    dw = torch.zeros_like(du) if go.flags["STATIC"] else _output(r, lengths, w.dtype)
+    backward[(heads * (n // tiles.keys), slots)](
+        r, k, v, w, u.contiguous(), dy, dr, dk, dw, du, chunks, dchunks, cu, lengths, table,
+        time, heads, p.slots, *_strides(r, k, v, w),
+        N=n, BK=tiles.keys, L=tiles.chunk, LEVELS=tiles.chunk.bit_length() - 1, LIMIT=MILD, **go.flags,
         num_warps=tiles.warps_back, num_stages=tiles.stages_back,
     )  # fmt: skip
     if go.flags["STATIC"]:

@@ -55,44 +55,64 @@ def prefix(w, row, i, j, N: tl.constexpr, L: tl.constexpr, STATIC: tl.constexpr,
 
 
 @triton.jit
-def mild(total, r, LIMIT: tl.constexpr):
-    """Whether no channel decays by more than 2^-LIMIT in the chunk, so that one reference serves all pairs."""
-    return (tl.min(total, 0) > -LIMIT) & (tl.max(tl.max(tl.abs(r), 1), 0) < 1.0e12)
+def mild(decay, r, LIMIT: tl.constexpr):
+    """Whether one reference serves all pairs: no channel's log2 `decay` [K] of the chunk exceeds LIMIT.
+
+    Queries r are scaled up by as much; those beyond 1e12 are left to the form that scales nothing up.
+    """
+    return tl.max(tl.maximum(decay * (1.0e12 / LIMIT), tl.max(tl.abs(r), 0)), 0) < 1.0e12
 
 
 @triton.jit
-def doubling(r, k, w, i, j, L: tl.constexpr, LEVELS: tl.constexpr, SPLIT: tl.constexpr):
-    """Scores of all pairs i > j for any decays: every exponent is a sum of log decays, so never above 0."""
+def doubling(
+    r_at, k_at, w_at, row, n, r_t, k_t, w_t, i, j, N: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr,
+    STATIC: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Scores of all pairs of different steps for any decays: no exponent is above 0. REVERSE: transposed.
+
+    Reads its tiles again at each level: registers are scarcer here than first-level cache.
+    """
     scores = tl.zeros((L, L), tl.float32)
     step = tl.arange(0, L)
     for level in range(LEVELS):
-        right = ((step >> level) & 1) == 1
+        w = decays(w_at, row, n, w_t, N, L, STATIC)
         between = over_time(level_sum(i, j, level), w, w.dtype == tl.bfloat16, SPLIT) * LOG2E
+        right = ((step >> level) & 1) == 1
+        r = load_tile(r_at, row, n, r_t, N, L).to(tl.float32)
+        k = load_tile(k_at, row, n, k_t, N, L).to(tl.float32)
         x = tl.where(right[:, None], r, k) * tl.exp2(between)  # [L, K]
-        scores += tl.where(level_pairs(i, j, level), mm(x, tl.trans(x), SPLIT), 0.0)
+        pairs = level_pairs(j, i, level) if REVERSE else level_pairs(i, j, level)
+        scores += tl.where(pairs, mm(x, tl.trans(x), SPLIT), 0.0)
     return scores
 
 
 @triton.jit(do_not_specialize=["T", "per_segment", "slots"])
-def forward(
-    r, k, v, w, u, y, state, final, chunks, carry, cu, lengths, table,
+def walk(
+    r, k, x, w, u, y, state, final, chunks, carry, cu, lengths, table,
     T, H, per_segment, slots, segments,
-    r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h,
-    N: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr, STATIC: tl.constexpr,
-    PACKED: tl.constexpr, HAS_LEN: tl.constexpr, HAS_STATE: tl.constexpr, CARRY: tl.constexpr,
-    SAVE: tl.constexpr, SPLIT: tl.constexpr,
+    r_b, r_t, r_h, k_b, k_t, k_h, x_b, x_t, x_h, w_b, w_t, w_h,
+    N: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr,
+    STATIC: tl.constexpr, PACKED: tl.constexpr, HAS_LEN: tl.constexpr, HAS_STATE: tl.constexpr,
+    CARRY: tl.constexpr, SAVE: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """Outputs and final state; with SAVE the state at the start of each chunk, for the backward pass."""
-    head = tl.program_id(0)
+    """Outputs and final state; with SAVE the state before each chunk, for the backward pass.
+
+    REVERSE: the same sum read backwards is the gradient of v: x is dy, y is dv, the state is its gradient
+    (saved as it is behind each chunk; the last one belongs to the initial state), keys ask and queries are
+    stored. One program has BV value channels.
+    """
+    slices: tl.constexpr = N // BV
+    head = tl.program_id(0) // slices
+    cut = tl.program_id(0) % slices * BV
     program = tl.program_id(1)
     if PACKED and CARRY:
         seq = tl.load(table + 2 * program)
         segment = tl.load(table + 2 * program + 1)
-        if segment < 0:
-            return
     else:
         seq = program // segments
         segment = program % segments
+    if segment < 0:
+        return
     b, first, n = span(cu, lengths, seq, T, PACKED, HAS_LEN)
     n_chunks = tl.cdiv(n, L)
     begin = segment * per_segment
@@ -105,48 +125,62 @@ def forward(
     b = b.to(tl.int64)
     r_at = r + b * r_b + first * r_t + head * r_h
     k_at = k + b * k_b + first * k_t + head * k_h
-    v_at = v + b * v_b + first * v_t + head * v_h
+    x_at = x + b * x_b + first * x_t + head * x_h + cut
     w_at = w + b * w_b + first * w_t + head * w_h
-    y_t = H * N
-    y_at = y + (b * T + first) * y_t + head * N
-    own = (seq.to(tl.int64) * H + head) * (N * N)
+    y_at = y + (b * T + first) * (H * N) + head * N + cut
+    own = (seq.to(tl.int64) * H + head) * (N * N) + square_t(cut, N, BV)
     if CARRY:
-        s = tl.load(carry + (program.to(tl.int64) * H + head) * (N * N) + square(N))
+        s = tl.load(carry + (program.to(tl.int64) * H + head) * (N * N) + square(cut, N, BV))
     elif HAS_STATE:
-        s = tl.load(state + own + square_t(N))
+        s = tl.load(state + own)
     else:
-        s = tl.zeros((N, N), tl.float32)  # [V, K]
+        s = tl.zeros((BV, N), tl.float32)  # [V, K]
     bonus = tl.load(u + head * N + tl.arange(0, N)).to(tl.float32)
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
-    for c in range(begin, end):
+    for step in range(begin, end):
+        c = step
+        if REVERSE:
+            c = begin + end - 1 - step
         row = c * L
         rt = load_tile(r_at, row, n, r_t, N, L).to(tl.float32)
         kt = load_tile(k_at, row, n, k_t, N, L).to(tl.float32)
-        vt = load_tile(v_at, row, n, v_t, N, L)
+        xt = load_tile(x_at, row, n, x_t, BV, L)
         wt = decays(w_at, row, n, w_t, N, L, STATIC)
         if SAVE:
-            tl.store(chunks + ((slot + c) * H + head) * (N * N) + square(N), s)
-        total = tl.sum(wt.to(tl.float32), 0) * LOG2E  # [K]
+            tl.store(chunks + ((slot + c) * H + head) * (N * N) + square(cut, N, BV), s)
         after = suffix(wt, row, n, i, j, N, L, STATIC, SPLIT)
+        ahead = -(after + wt.to(tl.float32) * LOG2E)  # decay from each step on [L, K]
+        decay = tl.max(ahead, 0)  # [K], the whole chunk's
+        fade = tl.exp2(-decay)[None, :]
         key = kt * tl.exp2(after)
         diagonal = tl.sum(rt * kt * bonus[None, :], 1)  # [L]
-        fade = tl.exp2(total)
-        if mild(total, rt, LIMIT):
+        if mild(decay, rt, LIMIT):
             # One reference, the end of the chunk: query 2^-(what follows), key 2^(what follows), state faded.
-            query = rt * tl.exp2(-(after + wt.to(tl.float32) * LOG2E))
-            scores = mm(query, tl.trans(key), SPLIT)
-            seen = s * fade[None, :]
+            query = rt * tl.exp2(ahead)
+            if REVERSE:
+                scores = tl.where(j > i, mm(key, tl.trans(query), SPLIT), 0.0)
+            else:
+                scores = tl.where(i > j, mm(query, tl.trans(key), SPLIT), 0.0)
+            reference = fade
         else:
             query = rt * tl.exp2(prefix(wt, row, i, j, N, L, STATIC, SPLIT))
-            scores = doubling(rt, kt, wt, i, j, L, LEVELS, SPLIT)
-            seen = s
-        scores = tl.where(i > j, scores, 0.0) + tl.where(i == j, diagonal[:, None], 0.0)
-        out = mm_right(scores, vt, SPLIT) + mm(query, tl.trans(seen), SPLIT)
-        store_tile(y_at, row, n, y_t, out, N, L)
-        s = s * fade[None, :] + mm_left(tl.trans(vt), key, SPLIT)
-    if end == n_chunks:
-        tl.store(final + own + square_t(N), s)
+            scores = doubling(
+                r_at, k_at, w_at, row, n, r_t, k_t, w_t, i, j, N, L, LEVELS, STATIC, REVERSE, SPLIT
+            )
+            reference = tl.full((1, N), 1.0, tl.float32)
+        scores += tl.where(i == j, diagonal[:, None], 0.0)
+        out = mm_right(scores, xt, SPLIT)
+        if REVERSE:
+            out += mm(key, tl.trans(s), SPLIT)
+            s = s * fade + mm_left(tl.trans(xt), query, SPLIT) * reference
+        else:
+            out += mm(query, tl.trans(s * reference), SPLIT)
+            s = s * fade + mm_left(tl.trans(xt), key, SPLIT)
+        store_tile(y_at, row, n, H * N, out, BV, L)
+    last = begin == 0 if REVERSE else end == n_chunks
+    if last:
+        tl.store(final + own, s)
 
 
 @triton.jit(do_not_specialize=["T", "per_segment"])
@@ -199,20 +233,19 @@ def local(
         s = s * tl.exp2(total)[None, :] + mm_left(tl.trans(xt), weighted, SPLIT)
         all_of_it += total
     where = program.to(tl.int64) * H + head
-    tl.store(carry + where * (N * N) + square(N), s)
+    tl.store(carry + where * (N * N) + square(0, N, N), s)
     tl.store(fades + where * N + tl.arange(0, N), all_of_it)
 
 
 @triton.jit(do_not_specialize=["T", "per_segment"])
 def combine(
-    carry, fades, start, end_state, cu, lengths, firsts, T, H, per_segment, segments,
+    carry, fades, start, cu, lengths, firsts, T, H, per_segment, segments,
     N: tl.constexpr, ROWS: tl.constexpr, L: tl.constexpr, PACKED: tl.constexpr, HAS_LEN: tl.constexpr,
     HAS_START: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
     """Turns the segments' own states into the state each one starts from, in place, one segment after another.
 
-    start: public state [K][V] the walk begins with (REVERSE: the final state's gradient). REVERSE also
-    writes what comes out at the other end, the initial state's gradient, to end_state.
+    start: public state [K][V] the walk begins with (REVERSE: the final state's gradient, from the last segment).
     """
     head = tl.program_id(0)
     seq = tl.program_id(1)
@@ -238,5 +271,3 @@ def combine(
         fade = tl.exp2(tl.load(fades + where * N + tl.arange(0, N)))
         tl.store(carry + where * (N * N) + rows * N + cols, s)
         s = s * fade[None, :] + mine
-    if REVERSE:
-        tl.store(end_state + own + rows + cols * N, s)
