@@ -45,12 +45,8 @@ def steps_back(
     as_, bs, ps, lams, enters = (), (), (), (), ()
     for i in tl.static_range(C):
         as_, bs, ps = as_ + (a,), bs + (b,), ps + (p,)  # noqa: RUF005
-        a1, b1, p1, lam, enter = advance(ks[i].to(tl.float32), vs[i].to(tl.float32), a, b, p, w, -ref)
-        if MASKED:
-            lam, enter = tl.where(i < left, lam, 1.0), tl.where(i < left, enter, 0.0)
-            a, b, p = tl.where(i < left, a1, a), tl.where(i < left, b1, b), tl.where(i < left, p1, p)
-        else:
-            a, b, p = a1, b1, p1
+        k, v = ks[i].to(tl.float32), vs[i].to(tl.float32)
+        a, b, p, lam, enter = advance(k, v, a, b, p, w, -ref, i, left, MASKED)
         lams, enters = lams + (lam,), enters + (enter,)  # noqa: RUF005
     scale = tl.exp2(p - (end_p - ref))  # two roundings of one exponent
     g0, g1 = g0 * scale, g1 * scale
@@ -111,8 +107,7 @@ def backward(
     known = tl.minimum(index, batch - 1)
     w = tl.load(log_w + col, mask=okay, other=0.0).to(tl.float32) * LOG2E
     bonus = tl.load(u + col, mask=okay, other=0.0).to(tl.float32) * LOG2E
-    full = live // C
-    rest = live % C
+    groups = (live + C - 1) // C
     marks += (mark + segment * (length // C)) * 3 * D + col
     final = final_segment(total, length)
     after = marks + (length // C) * 3 * D + 2 * D
@@ -126,46 +121,35 @@ def backward(
         g0, g1, dp = tl.load(spot, mask=okay), tl.load(spot + D, mask=okay), tl.load(spot + 2 * D, mask=okay)
     elif not LOCAL and dlast is not None:
         g0, g1, dp = end_gradient(dlast, last, known, D, col, okay)
-    at += full * C
-    k += row * k_batch + at * KT + col
-    v += row * v_batch + at * VT + col
-    dy += (row * time + at) * D + col
-    marks += full * 3 * D
+    at += groups * C
     if not LOCAL:
         dk += (row * time + at) * D + col
         dv += (row * time + at) * D + col
         if MODE != DENSE:
-            zero_rows(dk, D, rest, every - live + rest, okay)
-            zero_rows(dv, D, rest, every - live + rest, okay)
-    if not FULL:  # noqa: SIM102
-        if rest > 0:
-            ks, vs = load_rows(k, KT, rest, okay, C), load_rows(v, VT, rest, okay, C)
-            dys = load_rows(dy, D, rest, okay, C)
-            a, b, p = load_rows(marks, D, rest * 3, okay, 3)
-            g0, g1, dp, keep, dw, du = steps_back(
-                ks, vs, dys, a, b, p, end_p, g0, g1, dp, keep, dw, du, w, bonus, dk, dv, rest, okay,
-                D, C, True, LOCAL, PASS_P,
-            )  # fmt: skip
-            end_p = p
-    k, v, dy, marks = k - C * KT, v - C * VT, dy - C * D, marks - 3 * D
-    left = tl.where(full > 0, C, 0)
+            zero_rows(dk, D, live - groups * C, every - groups * C, okay)
+            zero_rows(dv, D, live - groups * C, every - groups * C, okay)
+    k += row * k_batch + (at - C) * KT + col
+    v += row * v_batch + (at - C) * VT + col
+    dy += (row * time + at - C) * D + col
+    marks += (groups - 1) * 3 * D
+    left = live - tl.maximum(groups - 1, 0) * C
     ks, vs = load_rows(k, KT, left, okay, C), load_rows(v, VT, left, okay, C)
-    dys = load_rows(dy, D, left, okay, C)
-    abp = load_rows(marks, D, left * 3, okay, 3)
-    for i in range(0, full):
+    dys, abp = load_rows(dy, D, left, okay, C), load_rows(marks, D, left * 3, okay, 3)
+    for i in range(0, groups):
         k, v, dy, marks = k - C * KT, v - C * VT, dy - C * D, marks - 3 * D
         if not LOCAL:
             dk -= C * D
             dv -= C * D
-        left = tl.where(i + 1 < full, C, 0)
-        next_ks, next_vs = load_rows(k, KT, left, okay, C), load_rows(v, VT, left, okay, C)
-        next_dys, next_abp = load_rows(dy, D, left, okay, C), load_rows(marks, D, left * 3, okay, 3)
+        more = tl.where(i + 1 < groups, C, 0)
+        next_ks, next_vs = load_rows(k, KT, more, okay, C), load_rows(v, VT, more, okay, C)
+        next_dys, next_abp = load_rows(dy, D, more, okay, C), load_rows(marks, D, more * 3, okay, 3)
         g0, g1, dp, keep, dw, du = steps_back(
-            ks, vs, dys, abp[0], abp[1], abp[2], end_p, g0, g1, dp, keep, dw, du, w, bonus, dk, dv, C, okay,
-            D, C, False, LOCAL, PASS_P,
+            ks, vs, dys, abp[0], abp[1], abp[2], end_p, g0, g1, dp, keep, dw, du, w, bonus, dk, dv, left,
+            okay, D, C, not FULL, LOCAL, PASS_P,
         )  # fmt: skip
         end_p = abp[2]
         ks, vs, dys, abp = next_ks, next_vs, next_dys, next_abp
+        left = live * 0 + C
     if LOCAL:
         spot = carry + slot * 4 * D + col
         store3(spot, D, okay, g0, g1, keep)
@@ -174,7 +158,7 @@ def backward(
         tl.store(parts + slot * 2 * D + col, dw, mask=okay)
         tl.store(parts + slot * 2 * D + D + col, du, mask=okay)
         if dstate is not None:
-            a, b, p = load_state(state, known, D, col, okay)
+            a, b, _p = load_state(state, known, D, col, okay)
             okay = below(index, batch, okay) & below(segment, 1, okay)
             store3(dstate + index * 3 * D + col, D, okay, g0, g1, g0 * a + g1 * b + dp)
 

@@ -121,9 +121,14 @@ def zero_rows(ptr, STRIDE: tl.constexpr, first, end, okay):
 
 
 @triton.jit
-def advance(k, v, a, b, p, w, shift):
-    """One step of the state: (a, b, p) after it, the factor of the old state, the weight of (v, 1)."""
+def advance(k, v, a, b, p, w, shift, i, left, MASKED: tl.constexpr):
+    """One step of the state: (a, b, p) after it, the factor of the old state, the weight of (v, 1).
+
+    MASKED: rows from `left` on change nothing; their factor is 1 and their weight 0.
+    """
     key = k * LOG2E + shift
+    if MASKED:
+        key, w = tl.where(i < left, key, -3e38), tl.where(i < left, w, 0.0)
     kept = p + w
     gap = key - kept
     small = tl.exp2(-tl.abs(gap))
@@ -168,11 +173,7 @@ def steps(
             old, new = mix(k, p, u - ref)
             result = (old * a + new * v) * invert(old * b + new)
             tl.store(y + i * D, result.to(y.dtype.element_ty), mask=live)
-        a1, b1, p1, _lam, _enter = advance(k, v, a, b, p, w, -ref)
-        if MASKED:
-            a, b, p = tl.where(i < left, a1, a), tl.where(i < left, b1, b), tl.where(i < left, p1, p)
-        else:
-            a, b, p = a1, b1, p1
+        a, b, p, _lam, _enter = advance(k, v, a, b, p, w, -ref, i, left, MASKED)
     return a, b, p, ref
 
 
@@ -215,26 +216,23 @@ def forward(
         a, b, ref = tl.load(spot, mask=okay), tl.load(spot + D, mask=okay), tl.load(spot + 2 * D, mask=okay)
     p = tl.zeros([BC], tl.float32)
     ks, vs = load_rows(k, KT, live, okay, U), load_rows(v, VT, live, okay, U)
-    for i in range(0, live // U):
+    for i in range(0, (live + U - 1) // U):
         k += U * KT
         v += U * VT
-        left = live - (i + 1) * U
-        next_ks, next_vs = load_rows(k, KT, left, okay, U), load_rows(v, VT, left, okay, U)
-        a, b, p, ref = steps(ks, vs, a, b, p, ref, w, bonus, y, marks, U, okay, D, C, U, False, LOCAL)
+        left = live - i * U
+        next_ks, next_vs = load_rows(k, KT, left - U, okay, U), load_rows(v, VT, left - U, okay, U)
+        a, b, p, ref = steps(ks, vs, a, b, p, ref, w, bonus, y, marks, left, okay, D, C, U, not FULL, LOCAL)
         ks, vs = next_ks, next_vs
         if not LOCAL:
             y += U * D
             if marks is not None:
                 marks += (U // C) * 3 * D
-    rest = live % U
-    if not FULL:  # noqa: SIM102
-        if rest > 0:
-            a, b, p, ref = steps(ks, vs, a, b, p, ref, w, bonus, y, marks, rest, okay, D, C, U, True, LOCAL)
     if LOCAL:
         store3(carry + slot * 3 * D + col, D, okay, a, b, ref + p)
     else:
         if MODE != DENSE:
-            zero_rows(y, D, rest, every - live + rest, okay)
+            done = (live + U - 1) // U * U
+            zero_rows(y, D, live - done, every - done, okay)
         if (index < batch) & (segment == final_segment(total, length)):
             p = tl.where(total > 0, (ref + p) * LN2, begin_p)
             a, b = tl.where(total > 0, a, begin_a), tl.where(total > 0, b, begin_b)
