@@ -82,11 +82,13 @@ def run(
     sequence_dtype: torch.dtype | None = None,
     *,
     store: Callable[[Tensor], Tensor] = as_it_is,
+    call: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """Output `y`, final state `last` and the gradient `d<name>` of every input, all float64.
 
     `sequence_dtype` casts r, k and v alone (mixed precision); states are never kept in less than float32.
-    `store` lays an input out in memory. The loss reads outputs and final state.
+    `store` lays an input out in memory; `call` stands in for the operator. The loss reads outputs and
+    final state.
     """
     leaves = {}
     for name, x in case.inputs.items():
@@ -95,7 +97,7 @@ def run(
             kind = torch.float32
         leaves[name] = store(x.detach().to(kind, copy=True)).detach().requires_grad_()
     sizes = {"lengths": case.lengths, "cu_seqlens": case.borders}
-    y, last = getattr(kernels, case.op)(**leaves, **sizes, backend=backend)
+    y, last = (call or getattr(kernels, case.op))(**leaves, **sizes, backend=backend)
     loss = (y.double() * case.to_y).sum() + (last.double() * case.to_state).sum()
     loss.backward()
     found = {"y": y.detach().double(), "last": last.detach().double()}
@@ -112,6 +114,7 @@ def run_packed(
     sequence_dtype: torch.dtype | None = None,
     *,
     index: torch.dtype = torch.int64,
+    call: Callable[..., tuple[Tensor, Tensor]] | None = None,
 ) -> dict[str, Tensor]:
     """`run` with the batch handed over packed; the results come back padded with zeros, as `run`'s."""
     assert case.lengths is not None
@@ -122,7 +125,7 @@ def run_packed(
     for name in sequences:
         packed.inputs[name] = case.inputs[name][live][None]
     packed.borders = F.pad(case.lengths.cumsum(0), (1, 0)).to(index)
-    found = run(packed, backend, dtype, sequence_dtype)
+    found = run(packed, backend, dtype, sequence_dtype, call=call)
     for name in ("y", *(f"d{name}" for name in sequences)):
         padded = torch.zeros_like(case.to_y)
         padded[live] = found[name][0]

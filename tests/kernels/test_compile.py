@@ -10,8 +10,12 @@ from torch import Tensor
 
 import kernels
 from kernels import dispatch, reference
+from tests.helpers import component, randomise
+from toolkit.trunk import Block
 
+from . import properties
 from .cases import OPS, make
+from .properties import Target
 
 
 @pytest.fixture(autouse=True)
@@ -84,3 +88,29 @@ def test_compiled_code_follows_the_default(monkeypatch: pytest.MonkeyPatch) -> N
         with kernels.use(name):
             call(**inputs)
     assert kernels.chosen() == {"wkv6": "reference,torch"}
+
+
+@pytest.mark.parametrize("recurrence", ["rwkv4", "rwkv5", "rwkv6"])
+def test_a_block_is_traced_whole(recurrence: str) -> None:
+    torch.manual_seed(0)
+    block = Block(component("recurrence", recurrence)(32, 4), 1, 32)
+    randomise(block)
+    x, sizes = torch.randn(2, 4, 32, requires_grad=True), torch.tensor([4, 3])
+    index = torch.tensor([2, 0, 1, 3, 4, 6, 5, 7])
+    parameters = [x, *block.parameters()]
+    found = []
+    with kernels.use("reference"):
+        for call in (block, torch.compile(block, fullgraph=True, backend="aot_eager")):
+            y, more, (time_state, channel_state), _ = call(x, x.flip(0), lengths=sizes, index=index)
+            loss = (y + more).square().sum() + time_state[1].sum() + channel_state.sum()
+            found.append([y, more, *time_state, channel_state, *torch.autograd.grad(loss, parameters)])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("op", OPS)
+def test_triton_compiles_without_a_graph_break(op: str, compiler: str) -> None:
+    target = Target("triton", "cuda", torch.bfloat16, size=64)
+    properties.check_compiled(target, op, (90, 33), packed=compiler == "aot_eager", compiler=compiler)
+    assert kernels.chosen() == {op: "triton"}
