@@ -17,7 +17,7 @@ from . import layer_cases
 from .layer_cases import NAMES, layers
 
 pytestmark = pytest.mark.usefixtures("nan_memory")
-SHAPES = {"plain": (2, 11, 3, 16), "one": (3, 1, 2, 8), "odd": (1, 70, 5, 26)}
+SHAPES = {"plain": (2, 11, 3, 16), "one": (3, 1, 2, 8), "odd": (1, 70, 3, 26)}
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
@@ -45,20 +45,19 @@ def test_many_programs_share_a_sum(name: str, monkeypatch: pytest.MonkeyPatch) -
     """Gradients of weights are added over programs, which only large shapes have otherwise."""
     from kernels.gpu import add_norm, lerp
 
-    monkeypatch.setattr(add_norm, "PROGRAMS", 3)
-    monkeypatch.setattr(lerp, "PROGRAMS", 20)
-    layer = layers(2, 150, 1, 16)[name]
+    for module in (add_norm, lerp):
+        monkeypatch.setattr(module, "PROGRAMS", 3)
+    layer = layers(2, 37, 1, 16)[name]
     wanted = layer_cases.run(layer, "torch", torch.float64)
     found = layer_cases.run(layer, "triton", torch.float32)
     layer_cases.assert_close(found, wanted, 1e-6)
     layer_cases.assert_same_bits(found, layer_cases.run(layer, "triton", torch.float32))
 
 
-@pytest.mark.parametrize("name", ["rwkv4", "rwkv5", "rwkv6"])
-def test_a_block_compiles_without_a_graph_break(name: str) -> None:
+def test_a_block_compiles_without_a_graph_break() -> None:
     register.discover()
     torch.manual_seed(0)
-    block = Block(register.bind("recurrence", {"name": name, "d_ffn": 32})(32, 2), 1, 32)
+    block = Block(register.bind("recurrence", {"name": "rwkv6", "d_ffn": 32})(32, 2), 1, 32)
     x, late = torch.randn(2, 5, 32), torch.randn(2, 5, 32, requires_grad=True)
     index = torch.randperm(10)
     found = []
