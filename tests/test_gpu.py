@@ -103,8 +103,9 @@ def test_a_block_compiles_without_a_graph_break(recurrence: str, lengths: list[i
     block, inputs = block_of(recurrence), inputs_of(lengths)
     wanted = results(block, inputs)
     kernels.reset_chosen()
-    # Fused code rounds to bfloat16 in fewer places.
-    assert_alike(results(torch.compile(block, fullgraph=True), inputs), wanted, 3e-2)
+    # Fused code rounds to bfloat16 in fewer places, if it is not told otherwise.
+    compiled = torch.compile(block, fullgraph=True, options={"emulate_precision_casts": True})
+    assert_alike(results(compiled, inputs), wanted, 2e-2)
     assert kernels.chosen()[OPERATORS[recurrence]] == "triton"
     torch.compiler.reset()
 

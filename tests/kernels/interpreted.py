@@ -35,13 +35,12 @@ def test_triton_ran(op: str) -> None:
 @pytest.mark.parametrize("regime", REGIMES)
 @each_op
 def test_values(op: str, regime: str) -> None:
-    properties.check_values(FLOAT, op, regime, 70)
+    properties.check_values(FLOAT, op, regime, 67)
 
 
-@pytest.mark.parametrize("regime", ["typical", "mixed"])
 @each_op
-def test_values_in_half_precision(op: str, regime: str) -> None:
-    properties.check_values(HALF, op, regime, 70)
+def test_values_in_half_precision(op: str) -> None:
+    properties.check_values(HALF, op, "mixed", 67)
 
 
 @pytest.mark.parametrize("time", [1, 31])
@@ -59,13 +58,12 @@ def test_head_sizes(op: str, size: int) -> None:
 
 @each_op
 def test_padding_does_not_matter(op: str) -> None:
-    properties.check_lengths(FLOAT, op, 66, (66, 20, 1, 0))
+    properties.check_lengths(FLOAT, op, 66, (66, 1, 0))
 
 
 @each_op
 def test_packed_is_separate(op: str) -> None:
-    properties.check_packed(FLOAT, op, (7, 1, 0, 66))
-    properties.check_packed(HALF, op, (3, 2), state=False, index=torch.int64)
+    properties.check_packed(HALF, op, (7, 1, 0, 34), state=False, index=torch.int64)
 
 
 @pytest.mark.parametrize("cuts", [(1, 66), (64, 66), (23, 40, 66)])
@@ -81,19 +79,18 @@ def test_long_sequences_in_segments(op: str, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(wkv4, "plan", lambda samples, time, width: wkv4.Plan(32, 16, 16, 32, 1))
     monkeypatch.setattr(wkv6, "SHORTEST", 1)
-    time = 75 if op == "wkv4" else 150
-    properties.check_values(FLOAT, op, "typical", time)
-    properties.check_packed(FLOAT, op, (66, 0, 1, time), state=False)
+    time = 40 if op == "wkv4" else 150
+    properties.check_packed(FLOAT, op, (time // 2, 0, time))
 
 
 @each_op
 def test_the_same_bits_twice(op: str) -> None:
-    properties.check_same_bits(HALF, op, 37, (37, 20))
+    properties.check_same_bits(HALF, op, 17, (17, 9))
 
 
 @each_op
 def test_memory_layout_does_not_matter(op: str) -> None:
-    properties.check_strides(replace(FLOAT, heads=2), op, 21)
+    properties.check_strides(replace(FLOAT, heads=2), op, 9)
 
 
 @each_op
