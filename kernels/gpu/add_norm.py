@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.ops import Function, Launch, operator
+
 PROGRAMS = 528
 """Programs of the backward pass: four for each multiprocessor of an H100."""
 
@@ -84,13 +86,7 @@ def _flags(index: Tensor | None, width: int) -> dict[str, Any]:
     return {"HAS_INDEX": index is not None, "DP": triton.next_power_of_2(width)}
 
 
-@torch.library.custom_op(
-    "visualrwkv::add_norm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? y, Tensor? index, Tensor weight, Tensor bias, float eps,"
-    " ScalarType total_dtype, ScalarType dtype) -> (Tensor, Tensor)",
-)
-def _op(
+def _forward(
     x: Tensor, y: Tensor | None, index: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
     total_dtype: torch.dtype, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -108,21 +104,14 @@ def _op(
     return total, out
 
 
-@_op.register_fake
-def _(
+def _forward_fake(
     x: Tensor, y: Tensor | None, index: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
     total_dtype: torch.dtype, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape, dtype=total_dtype), x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op(
-    "visualrwkv::add_norm_backward",
-    mutates_args=(),
-    schema="(Tensor? dtotal, Tensor dout, Tensor total, Tensor? index, Tensor weight, float eps,"
-    " ScalarType x_dtype, ScalarType y_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_op(
+def _backward(
     dtotal: Tensor | None, dout: Tensor, total: Tensor, index: Tensor | None, weight: Tensor, eps: float,
     x_dtype: torch.dtype, y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -147,8 +136,7 @@ def _backward_op(
     return dx, dy, dweight.to(weight.dtype, copy=True), dbias.to(weight.dtype, copy=True)
 
 
-@_backward_op.register_fake
-def _(
+def _backward_fake(
     dtotal: Tensor | None, dout: Tensor, total: Tensor, index: Tensor | None, weight: Tensor, eps: float,
     x_dtype: torch.dtype, y_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -165,19 +153,33 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx: Any, dtotal: Tensor | None, dout: Tensor | None) -> tuple[Any, ...]:
+def _gradients(ctx: Any, run: Function, dtotal: Tensor | None, dout: Tensor | None) -> tuple[Any, ...]:
     total, index, weight = ctx.saved_tensors
     x_dtype, y_dtype, bias_dtype = ctx.dtypes
     if dout is None:
         dout = torch.zeros_like(total)
-    dx, dy, dweight, dbias = torch.ops.visualrwkv.add_norm_backward(
-        dtotal, dout, total, index, weight, ctx.eps, x_dtype, y_dtype
-    )
+    dx, dy, dweight, dbias = run(dtotal, dout, total, index, weight, ctx.eps, x_dtype, y_dtype)
     dy = (dx if x_dtype == y_dtype else dy) if ctx.has_y else None
     return dx, dy, None, dweight, dbias.to(bias_dtype), None, None, None
 
 
-_op.register_autograd(_gradients, setup_context=_keep)
+_call = operator(
+    "add_norm",
+    Launch(
+        _forward,
+        _forward_fake,
+        "(Tensor x, Tensor? y, Tensor? index, Tensor weight, Tensor bias, float eps,"
+        " ScalarType total_dtype, ScalarType dtype) -> (Tensor, Tensor)",
+    ),
+    Launch(
+        _backward,
+        _backward_fake,
+        "(Tensor? dtotal, Tensor dout, Tensor total, Tensor? index, Tensor weight, float eps,"
+        " ScalarType x_dtype, ScalarType y_dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    ),
+    keep=_keep,
+    gradients=_gradients,
+)
 
 
 def add_norm(
@@ -185,4 +187,4 @@ def add_norm(
     total_dtype: torch.dtype, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """x, y [B, T, D], index [B*T] -> (the reordered sum of `total_dtype`, its norm of `dtype`), [B, T, D]."""
-    return torch.ops.visualrwkv.add_norm(x, y, index, weight, bias, eps, total_dtype, dtype)
+    return _call(x, y, index, weight, bias, eps, total_dtype, dtype)

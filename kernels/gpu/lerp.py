@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.gpu.ops import Function, Launch, operator
+
 TILE = {"TB": 16, "DT": 128, "num_warps": 4}
 GRAD_TILE = {"TB": 8, "DT": 128, "num_warps": 4}
 PROGRAMS = 1024
@@ -103,12 +105,9 @@ def four(tensors: list[Tensor]) -> list[Tensor]:
     return tensors + tensors[:1] * (4 - len(tensors))
 
 
-@torch.library.custom_op(
-    "visualrwkv::lerp",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? before, Tensor shares, bool current, ScalarType dtype) -> Tensor[]",
-)
-def _op(x: Tensor, before: Tensor | None, shares: Tensor, current: bool, dtype: torch.dtype) -> list[Tensor]:
+def _forward(
+    x: Tensor, before: Tensor | None, shares: Tensor, current: bool, dtype: torch.dtype
+) -> list[Tensor]:
     x, shares = x.contiguous(), shares.contiguous()
     before = None if before is None else before.contiguous()
     rows, time, width = flat(x)
@@ -121,18 +120,13 @@ def _op(x: Tensor, before: Tensor | None, shares: Tensor, current: bool, dtype: 
     return outs
 
 
-@_op.register_fake
-def _(x: Tensor, before: Tensor | None, shares: Tensor, current: bool, dtype: torch.dtype) -> list[Tensor]:
+def _forward_fake(
+    x: Tensor, before: Tensor | None, shares: Tensor, current: bool, dtype: torch.dtype
+) -> list[Tensor]:
     return [x.new_empty(x.shape, dtype=dtype) for _ in range(shares.shape[0])]
 
 
-@torch.library.custom_op(
-    "visualrwkv::lerp_backward",
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor x, Tensor? before, Tensor shares, bool current)"
-    " -> (Tensor, Tensor, Tensor)",
-)
-def _backward_op(
+def _backward(
     grads: list[Tensor], x: Tensor, before: Tensor | None, shares: Tensor, current: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, before (empty without one) and shares."""
@@ -153,8 +147,7 @@ def _backward_op(
     return dx, dbefore, (-dshares if current else dshares).to(shares.dtype)
 
 
-@_backward_op.register_fake
-def _(
+def _backward_fake(
     grads: list[Tensor], x: Tensor, before: Tensor | None, shares: Tensor, current: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dbefore = x.new_empty(0) if before is None else before.new_empty(before.shape)
@@ -166,15 +159,29 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(x, before, shares)
 
 
-def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _gradients(ctx: Any, run: Function, grads: list[Tensor]) -> tuple[Any, ...]:
     x, before, shares = ctx.saved_tensors
-    dx, dbefore, dshares = torch.ops.visualrwkv.lerp_backward(grads, x, before, shares, ctx.current)
+    dx, dbefore, dshares = run(grads, x, before, shares, ctx.current)
     return dx, None if before is None else dbefore, dshares, None, None
 
 
-_op.register_autograd(_gradients, setup_context=_keep)
+_call = operator(
+    "lerp",
+    Launch(
+        _forward,
+        _forward_fake,
+        "(Tensor x, Tensor? before, Tensor shares, bool current, ScalarType dtype) -> Tensor[]",
+    ),
+    Launch(
+        _backward,
+        _backward_fake,
+        "(Tensor[] grads, Tensor x, Tensor? before, Tensor shares, bool current) -> (Tensor, Tensor, Tensor)",
+    ),
+    keep=_keep,
+    gradients=_gradients,
+)
 
 
 def lerp(x: Tensor, before: Tensor | None, shares: Tensor, current: bool, dtype: torch.dtype) -> list[Tensor]:
     """x [B, T, D], before [B, D] or None, shares [n, D], n up to 4 -> n tensors [B, T, D] of `dtype`."""
-    return torch.ops.visualrwkv.lerp(x, before, shares, current, dtype)
+    return _call(x, before, shares, current, dtype)

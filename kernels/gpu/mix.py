@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.lerp import flat, parts, previous
+from kernels.gpu.ops import Function, Launch, operator
 
 TILE = {"TB": 64, "DT": 64, "num_warps": 8}
 GRAD_TILE = {"TB": 64, "DT": 64, "num_warps": 8, "num_stages": 1}
@@ -156,12 +157,7 @@ def _constants(low: Tensor, before: Tensor | None) -> dict[str, Any]:
     return {"R": rank, "RP": padded, "HAS_BEFORE": before is not None, "EXACT": "ieee"}
 
 
-@torch.library.custom_op(
-    "visualrwkv::mix6",
-    mutates_args=(),
-    schema="(Tensor x, Tensor? before, Tensor low, Tensor w2, Tensor maa, ScalarType dtype) -> Tensor[]",
-)
-def _op(
+def _forward(
     x: Tensor, before: Tensor | None, low: Tensor, w2: Tensor, maa: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
     x, low, w2, maa = (t.contiguous() for t in (x, low, w2, maa))
@@ -174,20 +170,13 @@ def _op(
     return outs
 
 
-@_op.register_fake
-def _(
+def _forward_fake(
     x: Tensor, before: Tensor | None, low: Tensor, w2: Tensor, maa: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
     return [x.new_empty(x.shape, dtype=dtype) for _ in range(5)]
 
 
-@torch.library.custom_op(
-    "visualrwkv::mix6_backward",
-    mutates_args=(),
-    schema="(Tensor[] grads, Tensor x, Tensor? before, Tensor low, Tensor w2, Tensor maa)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_op(
+def _backward(
     grads: list[Tensor], x: Tensor, before: Tensor | None, low: Tensor, w2: Tensor, maa: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, before (empty without one), low, w2 and maa."""
@@ -225,8 +214,7 @@ def _weights(
     return dmaa.sum(0), dw2.sum(0)
 
 
-@_backward_op.register_fake
-def _(
+def _backward_fake(
     grads: list[Tensor], x: Tensor, before: Tensor | None, low: Tensor, w2: Tensor, maa: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     dbefore = x.new_empty(0) if before is None else before.new_empty(before.shape)
@@ -238,17 +226,32 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:5])
 
 
-def _gradients(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
+def _gradients(ctx: Any, run: Function, grads: list[Tensor]) -> tuple[Any, ...]:
     before = ctx.saved_tensors[1]
-    dx, dbefore, *rest = torch.ops.visualrwkv.mix6_backward(grads, *ctx.saved_tensors)
+    dx, dbefore, *rest = run(grads, *ctx.saved_tensors)
     return (dx, None if before is None else dbefore, *rest, None)
 
 
-_op.register_autograd(_gradients, setup_context=_keep)
+_call = operator(
+    "mix6",
+    Launch(
+        _forward,
+        _forward_fake,
+        "(Tensor x, Tensor? before, Tensor low, Tensor w2, Tensor maa, ScalarType dtype) -> Tensor[]",
+    ),
+    Launch(
+        _backward,
+        _backward_fake,
+        "(Tensor[] grads, Tensor x, Tensor? before, Tensor low, Tensor w2,"
+        " Tensor maa) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
+    keep=_keep,
+    gradients=_gradients,
+)
 
 
 def mix6(
     x: Tensor, before: Tensor | None, low: Tensor, w2: Tensor, maa: Tensor, dtype: torch.dtype
 ) -> list[Tensor]:
     """x [B,T,D], before [B,D], low [B,T,5*rank], w2 [5,rank,D], maa [5,D] -> five [B,T,D] of `dtype`."""
-    return torch.ops.visualrwkv.mix6(x, before, low, w2, maa, dtype)
+    return _call(x, before, low, w2, maa, dtype)

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.lerp import parts
+from kernels.gpu.ops import Function, Launch, operator
 
 TOKENS = 8
 CHANNELS = 256
@@ -88,12 +89,7 @@ def _launch(y: Tensor, tokens: int) -> tuple[int, int, dict[str, Any]]:
     return batch * time, triton.cdiv(heads, group), tile
 
 
-@torch.library.custom_op(
-    "visualrwkv::head_norm",
-    mutates_args=(),
-    schema="(Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> Tensor",
-)
-def _op(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def _forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     y, gate, weight, bias = (t.contiguous() for t in (y, gate, weight, bias))
     rows, tiles, tile = _launch(y, TOKENS)
     out = torch.empty_like(gate, dtype=dtype)
@@ -102,18 +98,13 @@ def _op(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype
     return out
 
 
-@_op.register_fake
-def _(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+def _forward_fake(
+    y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
     return gate.new_empty(gate.shape, dtype=dtype)
 
 
-@torch.library.custom_op(
-    "visualrwkv::head_norm_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-)
-def _backward_op(
+def _backward(
     dout: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of y, gate, weight and bias."""
@@ -130,8 +121,7 @@ def _backward_op(
     return dy, dgate, dweight.to(weight.dtype, copy=True), dbias.to(bias.dtype, copy=True)
 
 
-@_backward_op.register_fake
-def _(
+def _backward_fake(
     dout: Tensor, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dy, dgate, dweight, dbias = (t.new_empty(t.shape) for t in (y, gate, weight, bias))
@@ -143,16 +133,31 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    found = torch.ops.visualrwkv.head_norm_backward(dout, *ctx.saved_tensors, ctx.eps)
+def _gradients(ctx: Any, run: Function, dout: Tensor) -> tuple[Any, ...]:
+    found = run(dout, *ctx.saved_tensors, ctx.eps)
     return (*found, None, None)
 
 
-_op.register_autograd(_gradients, setup_context=_keep)
+_call = operator(
+    "head_norm",
+    Launch(
+        _forward,
+        _forward_fake,
+        "(Tensor y, Tensor gate, Tensor weight, Tensor bias, float eps, ScalarType dtype) -> Tensor",
+    ),
+    Launch(
+        _backward,
+        _backward_fake,
+        "(Tensor dout, Tensor y, Tensor gate, Tensor weight, Tensor bias,"
+        " float eps) -> (Tensor, Tensor, Tensor, Tensor)",
+    ),
+    keep=_keep,
+    gradients=_gradients,
+)
 
 
 def head_norm(
     y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """y [B, T, H, N], gate [B, T, H*N], weight and bias [H*N] -> [B, T, H*N] of `dtype`."""
-    return torch.ops.visualrwkv.head_norm(y, gate, weight, bias, eps, dtype)
+    return _call(y, gate, weight, bias, eps, dtype)

@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.lerp import parts
+from kernels.gpu.ops import Function, Launch, operator
 
 BLOCK = {"BLOCK": 2048, "num_warps": 4}
 TILE = {"TB": 16, "DT": 128, "num_warps": 4}
@@ -82,33 +83,25 @@ def _blocks(x: Tensor) -> tuple[int]:
     return (triton.cdiv(x.numel(), BLOCK["BLOCK"]),)
 
 
-@torch.library.custom_op(
-    "visualrwkv::relu_squared", mutates_args=(), schema="(Tensor x, ScalarType dtype) -> Tensor"
-)
-def _relu_op(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _relu_forward(x: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.contiguous()
     out = torch.empty_like(x, dtype=dtype)
     _relu_squared[_blocks(x)](x, out, x.numel(), **BLOCK)
     return out
 
 
-@_relu_op.register_fake
-def _(x: Tensor, dtype: torch.dtype) -> Tensor:
+def _relu_forward_fake(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op(
-    "visualrwkv::relu_squared_backward", mutates_args=(), schema="(Tensor dout, Tensor x) -> Tensor"
-)
-def _relu_backward_op(dout: Tensor, x: Tensor) -> Tensor:
+def _relu_backward(dout: Tensor, x: Tensor) -> Tensor:
     dout, x = dout.contiguous(), x.contiguous()
     dx = torch.empty_like(x)
     _relu_squared_grad[_blocks(x)](dout, x, dx, x.numel(), **BLOCK)
     return dx
 
 
-@_relu_backward_op.register_fake
-def _(dout: Tensor, x: Tensor) -> Tensor:
+def _relu_backward_fake(dout: Tensor, x: Tensor) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -116,36 +109,31 @@ def _relu_keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(inputs[0])
 
 
-def _relu_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    return torch.ops.visualrwkv.relu_squared_backward(dout, *ctx.saved_tensors), None
+def _relu_gradients(ctx: Any, run: Function, dout: Tensor) -> tuple[Any, ...]:
+    return run(dout, *ctx.saved_tensors), None
 
 
-_relu_op.register_autograd(_relu_gradients, setup_context=_relu_keep)
-
-
-@torch.library.custom_op(
-    "visualrwkv::sigmoid_gate",
-    mutates_args=(),
-    schema="(Tensor gate, Tensor x, ScalarType dtype) -> Tensor",
+_relu_call = operator(
+    "relu_squared",
+    Launch(_relu_forward, _relu_forward_fake, "(Tensor x, ScalarType dtype) -> Tensor"),
+    Launch(_relu_backward, _relu_backward_fake, "(Tensor dout, Tensor x) -> Tensor"),
+    keep=_relu_keep,
+    gradients=_relu_gradients,
 )
-def _gate_op(gate: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+
+
+def _gate_forward(gate: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     gate, x = gate.contiguous(), x.contiguous()
     out = torch.empty_like(x, dtype=dtype)
     _sigmoid_gate[_blocks(x)](gate, x, out, x.numel(), **BLOCK)
     return out
 
 
-@_gate_op.register_fake
-def _(gate: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def _gate_forward_fake(gate: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype)
 
 
-@torch.library.custom_op(
-    "visualrwkv::sigmoid_gate_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor gate, Tensor x) -> (Tensor, Tensor)",
-)
-def _gate_backward_op(dout: Tensor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_backward(dout: Tensor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of gate and x."""
     dout, gate, x = dout.contiguous(), gate.contiguous(), x.contiguous()
     dgate, dx = torch.empty_like(gate), torch.empty_like(x)
@@ -153,8 +141,7 @@ def _gate_backward_op(dout: Tensor, gate: Tensor, x: Tensor) -> tuple[Tensor, Te
     return dgate, dx
 
 
-@_gate_backward_op.register_fake
-def _(dout: Tensor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+def _gate_backward_fake(dout: Tensor, gate: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     return gate.new_empty(gate.shape), x.new_empty(x.shape)
 
 
@@ -162,11 +149,17 @@ def _gate_keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:2])
 
 
-def _gate_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    return (*torch.ops.visualrwkv.sigmoid_gate_backward(dout, *ctx.saved_tensors), None)
+def _gate_gradients(ctx: Any, run: Function, dout: Tensor) -> tuple[Any, ...]:
+    return (*run(dout, *ctx.saved_tensors), None)
 
 
-_gate_op.register_autograd(_gate_gradients, setup_context=_gate_keep)
+_gate_call = operator(
+    "sigmoid_gate",
+    Launch(_gate_forward, _gate_forward_fake, "(Tensor gate, Tensor x, ScalarType dtype) -> Tensor"),
+    Launch(_gate_backward, _gate_backward_fake, "(Tensor dout, Tensor gate, Tensor x) -> (Tensor, Tensor)"),
+    keep=_gate_keep,
+    gradients=_gate_gradients,
+)
 
 
 def _grid(shift: Tensor) -> tuple[int, int, int]:
@@ -175,10 +168,7 @@ def _grid(shift: Tensor) -> tuple[int, int, int]:
     return shift.numel() // width, width, triton.cdiv(width, TILE["DT"])
 
 
-@torch.library.custom_op(
-    "visualrwkv::log_decay", mutates_args=(), schema="(Tensor base, Tensor shift) -> Tensor"
-)
-def _decay_op(base: Tensor, shift: Tensor) -> Tensor:
+def _decay_forward(base: Tensor, shift: Tensor) -> Tensor:
     base, shift = base.contiguous(), shift.contiguous()
     rows, width, tiles = _grid(shift)
     out = torch.empty_like(shift, dtype=torch.float32)
@@ -186,17 +176,11 @@ def _decay_op(base: Tensor, shift: Tensor) -> Tensor:
     return out
 
 
-@_decay_op.register_fake
-def _(base: Tensor, shift: Tensor) -> Tensor:
+def _decay_forward_fake(base: Tensor, shift: Tensor) -> Tensor:
     return shift.new_empty(shift.shape, dtype=torch.float32)
 
 
-@torch.library.custom_op(
-    "visualrwkv::log_decay_backward",
-    mutates_args=(),
-    schema="(Tensor dout, Tensor out, Tensor base, ScalarType dtype) -> (Tensor, Tensor)",
-)
-def _decay_backward_op(dout: Tensor, out: Tensor, base: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _decay_backward(dout: Tensor, out: Tensor, base: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Gradients of base and shift: both are d out * out."""
     dout, out = dout.contiguous(), out.contiguous()
     rows, width, tiles = _grid(out)
@@ -207,8 +191,9 @@ def _decay_backward_op(dout: Tensor, out: Tensor, base: Tensor, dtype: torch.dty
     return partial.sum(0).to(base.dtype), dshift
 
 
-@_decay_backward_op.register_fake
-def _(dout: Tensor, out: Tensor, base: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _decay_backward_fake(
+    dout: Tensor, out: Tensor, base: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     return base.new_empty(base.shape), out.new_empty(out.shape, dtype=dtype)
 
 
@@ -217,23 +202,33 @@ def _decay_keep(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(output, inputs[0])
 
 
-def _decay_gradients(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
-    return tuple(torch.ops.visualrwkv.log_decay_backward(dout, *ctx.saved_tensors, ctx.dtype))
+def _decay_gradients(ctx: Any, run: Function, dout: Tensor) -> tuple[Any, ...]:
+    return tuple(run(dout, *ctx.saved_tensors, ctx.dtype))
 
 
-_decay_op.register_autograd(_decay_gradients, setup_context=_decay_keep)
+_decay_call = operator(
+    "log_decay",
+    Launch(_decay_forward, _decay_forward_fake, "(Tensor base, Tensor shift) -> Tensor"),
+    Launch(
+        _decay_backward,
+        _decay_backward_fake,
+        "(Tensor dout, Tensor out, Tensor base, ScalarType dtype) -> (Tensor, Tensor)",
+    ),
+    keep=_decay_keep,
+    gradients=_decay_gradients,
+)
 
 
 def relu_squared(x: Tensor, dtype: torch.dtype) -> Tensor:
     """relu(x)^2 of any shape."""
-    return torch.ops.visualrwkv.relu_squared(x, dtype)
+    return _relu_call(x, dtype)
 
 
 def sigmoid_gate(gate: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """sigmoid(gate) * x of one shape."""
-    return torch.ops.visualrwkv.sigmoid_gate(gate, x, dtype)
+    return _gate_call(gate, x, dtype)
 
 
 def log_decay(base: Tensor, shift: Tensor) -> Tensor:
     """-exp(base + shift), float32: base [D], shift [B, T, D]."""
-    return torch.ops.visualrwkv.log_decay(base, shift)
+    return _decay_call(base, shift)
