@@ -1,6 +1,6 @@
 """Compares the toolkit with golden files taken from the original VisualRWKV code.
 
-    python -m tests.parity FILE... [--backend torch|reference]
+    python -m tests.parity FILE... [--backend torch|reference|triton] [--device cpu|cuda]
 
 Prints one line per file, scan and backend with the largest relative error (Frobenius norm) of logits,
 loss and gradients over the file's inputs, and exits 1 above the bounds. Sizes, recurrence version,
@@ -24,11 +24,13 @@ from torch import Tensor, nn
 import kernels
 from toolkit import register
 from toolkit.contracts import IGNORE, PAD_ID, Batch, ImageFeatures
+from toolkit.lit import to_device
 from toolkit.loss import lm_loss
 from toolkit.model import VisualRWKV
 from toolkit.trunk import LanguageModel
 
 BOUNDS = {"logits": 1e-4, "loss": 1e-4, "gradients": 1e-3}
+BACKENDS = ["torch", "reference", "triton"]
 SCANS = {"unidirection": "uni", "bidirection": "bi", "multidirection": "2d"}
 """The original's scan names where ours differ."""
 STATIC = ("spiral", "snake", "zigzag")
@@ -157,14 +159,14 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def errors(golden: Golden, scan: str, backend: str) -> dict[str, float]:
+def errors(golden: Golden, scan: str, backend: str, device: str = "cpu") -> dict[str, float]:
     """Largest relative errors of one scan over all inputs of the file."""
     worst = dict.fromkeys(BOUNDS, 0.0)
 
     def note(what: str, value: float) -> None:
         worst[what] = max(worst[what], value)
 
-    model = build(golden, scan)
+    model = build(golden, scan).to(device)
     reduction = "sample" if golden.version == 6 else "batch"
     with kernels.use(backend):
         for i in golden.inputs:
@@ -173,28 +175,27 @@ def errors(golden: Golden, scan: str, backend: str) -> dict[str, float]:
             assert torch.equal(batch.labels, expected["targets"]), (
                 f"{golden.path}: targets of input {i} differ"
             )
+            here = to_device(batch, torch.device(device))
             with torch.no_grad():
-                note(
-                    "logits",
-                    relative(as_original(model.logits(batch), batch, model, scan), expected["logits"]),
-                )
+                logits = as_original(model.logits(here).cpu(), batch, model, scan)
+                note("logits", relative(logits, expected["logits"]))
             model.zero_grad()
-            loss = lm_loss(model(batch, l2="all"), reduction=reduction)
+            loss = lm_loss(model(here, l2="all"), reduction=reduction)
             loss.backward()
-            note("loss", relative(loss.detach(), expected["loss"].squeeze()))
+            note("loss", relative(loss.detach().cpu(), expected["loss"].squeeze()))
             for key, gradient in golden.under(f"grad{i}/{scan}/").items():
                 if not key.startswith("vit."):
-                    note("gradients", relative(model.get_parameter(key).grad, gradient))
+                    note("gradients", relative(model.get_parameter(key).grad.cpu(), gradient))
     return worst
 
 
-def report(paths: list[Path], backends: list[str]) -> Iterator[tuple[str, bool]]:
+def report(paths: list[Path], backends: list[str], device: str = "cpu") -> Iterator[tuple[str, bool]]:
     """One line per file, scan and backend, and whether it is within the bounds."""
     for path in paths:
         golden = Golden.open(path)
         for scan in golden.scans:
             for backend in backends:
-                found = errors(golden, scan, backend)
+                found = errors(golden, scan, backend, device)
                 good = all(found[k] <= BOUNDS[k] for k in BOUNDS)
                 numbers = "  ".join(f"{k} {v:.1e}" for k, v in found.items())
                 yield f"{'ok  ' if good else 'FAIL'} {path.name}  {scan:15} {backend:10} {numbers}", good
@@ -203,10 +204,11 @@ def report(paths: list[Path], backends: list[str]) -> Iterator[tuple[str, bool]]
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.parity", description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--backend", action="append", choices=["torch", "reference"], help="default: both")
+    parser.add_argument("--backend", action="append", choices=BACKENDS, help="default: the first two")
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     options = parser.parse_args(argv)
     good = True
-    for line, ok in report(options.files, options.backend or ["torch", "reference"]):
+    for line, ok in report(options.files, options.backend or BACKENDS[:2], options.device):
         print(line)
         good &= ok
     return 0 if good else 1

@@ -26,6 +26,14 @@ def test_parity(path: Path, scan: str, backend: str) -> None:
     assert all(found[what] <= bound for what, bound in parity.BOUNDS.items()), found
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+@pytest.mark.parametrize(("path", "scan"), CASES, ids=lambda v: getattr(v, "stem", v))
+def test_parity_on_the_gpu(path: Path, scan: str, backend: str) -> None:
+    found = parity.errors(parity.Golden.open(path), scan, backend, "cuda")
+    assert all(found[what] <= bound for what, bound in parity.BOUNDS.items()), found
+
+
 def test_command_reports_and_fails_above_the_bound(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
