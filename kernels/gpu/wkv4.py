@@ -33,7 +33,7 @@ _BUSY = 32768
 
 def plan(samples: int, time: int, width: int) -> Plan:
     """The configuration of a shape; `time` is the mean length of packed sequences."""
-    group = min(16, triton.next_power_of_2(time))
+    group = next(g for g in (16, 8, 4, 2, 1) if time >= g)
     ahead = 2 * group if time >= 64 else group
     streams = samples * width
     segments = 1 if streams >= _ENOUGH else max(1, min(time // 128, -(-_BUSY // streams)))

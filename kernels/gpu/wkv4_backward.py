@@ -133,16 +133,16 @@ def backward(
     dy += (row * time + at - C) * D + col
     marks += (groups - 1) * 3 * D
     left = live - tl.maximum(groups - 1, 0) * C
-    ks, vs = load_rows(k, KT, left, okay, C), load_rows(v, VT, left, okay, C)
-    dys, abp = load_rows(dy, D, left, okay, C), load_rows(marks, D, left * 3, okay, 3)
+    ks, vs = load_rows(k, KT, left, okay, C, FULL), load_rows(v, VT, left, okay, C, FULL)
+    dys, abp = load_rows(dy, D, left, okay, C, FULL), load_rows(marks, D, left, okay, 3, True)
     for i in range(0, groups):
         k, v, dy, marks = k - C * KT, v - C * VT, dy - C * D, marks - 3 * D
         if not LOCAL:
             dk -= C * D
             dv -= C * D
         more = tl.where(i + 1 < groups, C, 0)
-        next_ks, next_vs = load_rows(k, KT, more, okay, C), load_rows(v, VT, more, okay, C)
-        next_dys, next_abp = load_rows(dy, D, more, okay, C), load_rows(marks, D, more * 3, okay, 3)
+        next_ks, next_vs = load_rows(k, KT, more, okay, C, True), load_rows(v, VT, more, okay, C, True)
+        next_dys, next_abp = load_rows(dy, D, more, okay, C, True), load_rows(marks, D, more, okay, 3, True)
         g0, g1, dp, keep, dw, du = steps_back(
             ks, vs, dys, abp[0], abp[1], abp[2], end_p, g0, g1, dp, keep, dw, du, w, bonus, dk, dv, left,
             okay, D, C, not FULL, LOCAL, PASS_P,

@@ -85,11 +85,14 @@ def final_segment(total, length):
 
 
 @triton.jit
-def load_rows(ptr, STRIDE: tl.constexpr, left, okay, ROWS: tl.constexpr):
-    """ROWS rows from ptr [BC] on as a tuple, zeros from row `left` on."""
+def load_rows(ptr, STRIDE: tl.constexpr, left, okay, ROWS: tl.constexpr, WHOLE: tl.constexpr = False):
+    """ROWS rows from ptr [BC] on as a tuple, zeros from row `left` on. WHOLE: all rows or (unset) none."""
     rows = ()
     for i in tl.static_range(ROWS):
-        rows = rows + (tl.load(ptr + i * STRIDE, mask=below(i, left, okay), other=0.0),)  # noqa: RUF005
+        if WHOLE:
+            rows = rows + (tl.load(ptr + i * STRIDE, mask=below(0, left, okay)),)  # noqa: RUF005
+        else:
+            rows = rows + (tl.load(ptr + i * STRIDE, mask=below(i, left, okay), other=0.0),)  # noqa: RUF005
     return rows
 
 
@@ -215,12 +218,13 @@ def forward(
         spot = carry + slot * 3 * D + col
         a, b, ref = tl.load(spot, mask=okay), tl.load(spot + D, mask=okay), tl.load(spot + 2 * D, mask=okay)
     p = tl.zeros([BC], tl.float32)
-    ks, vs = load_rows(k, KT, live, okay, U), load_rows(v, VT, live, okay, U)
+    ks, vs = load_rows(k, KT, live, okay, U, FULL), load_rows(v, VT, live, okay, U, FULL)
     for i in range(0, (live + U - 1) // U):
         k += U * KT
         v += U * VT
         left = live - i * U
-        next_ks, next_vs = load_rows(k, KT, left - U, okay, U), load_rows(v, VT, left - U, okay, U)
+        next_ks = load_rows(k, KT, left - U, okay, U, FULL)
+        next_vs = load_rows(v, VT, left - U, okay, U, FULL)
         a, b, p, ref = steps(ks, vs, a, b, p, ref, w, bonus, y, marks, left, okay, D, C, U, not FULL, LOCAL)
         ks, vs = next_ks, next_vs
         if not LOCAL:
