@@ -58,6 +58,8 @@ class ScanSteps(nn.Module):
         image_start: [B], NO_IMAGE where a sample has no image; each sample has its own position. Once per
         batch, and nothing waits for the device.
         """
+        if len(self.steps) == 0:
+            return [None] * len(self.use)
         where = torch.arange(length, device=image_start.device)
         start = image_start.unsqueeze(1)  # [B, 1]
         offset = where - start  # [B, T]
