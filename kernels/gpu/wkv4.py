@@ -136,7 +136,7 @@ def _forward(
                 inputs[2], state, call.sizes, carry, *sizes[:4], D=call.width, MODE=call.mode, **_COMBINE
             )
         full = call.mode == _DENSE and call.time % call.plan.ahead == 0
-        shape = _shape(call, k, v, U=call.plan.ahead, FULL=full)
+        shape = _shape(call, k, v, U=call.plan.ahead if full else call.plan.group, FULL=full)
         wkv4_forward.forward[grid](
             *inputs, carry, y, last, marks if save else None, *sizes,
             LOCAL=False, CHAINED=call.chained, **shape,

@@ -128,21 +128,25 @@ def backward(
         if MODE != DENSE:
             zero_rows(dk, D, live - groups * C, every - groups * C, okay)
             zero_rows(dv, D, live - groups * C, every - groups * C, okay)
-    k += row * k_batch + (at - C) * KT + col
-    v += row * v_batch + (at - C) * VT + col
-    dy += (row * time + at - C) * D + col
-    marks += (groups - 1) * 3 * D
-    left = live - tl.maximum(groups - 1, 0) * C
+    before = tl.maximum(groups - 1, 0)
+    at += (before - groups) * C
+    k += row * k_batch + at * KT + col
+    v += row * v_batch + at * VT + col
+    dy += (row * time + at) * D + col
+    marks += before * 3 * D
+    left = live - before * C
     ks, vs = load_rows(k, KT, left, okay, C, FULL), load_rows(v, VT, left, okay, C, FULL)
-    dys, abp = load_rows(dy, D, left, okay, C, FULL), load_rows(marks, D, left, okay, 3, True)
+    dys = load_rows(dy, D, left, okay, C, FULL)
+    abp = load_rows(marks, D, left * 3, okay, 3, FULL)
     for i in range(0, groups):
-        k, v, dy, marks = k - C * KT, v - C * VT, dy - C * D, marks - 3 * D
         if not LOCAL:
             dk -= C * D
             dv -= C * D
-        more = tl.where(i + 1 < groups, C, 0)
-        next_ks, next_vs = load_rows(k, KT, more, okay, C, True), load_rows(v, VT, more, okay, C, True)
-        next_dys, next_abp = load_rows(dy, D, more, okay, C, True), load_rows(marks, D, more, okay, 3, True)
+        more = tl.where(i + 1 < groups, C, 0)  # the first group loads itself again, if FULL
+        k, v, dy, marks = k - more * KT, v - more * VT, dy - more * D, marks - more // C * 3 * D
+        next_ks, next_vs = load_rows(k, KT, more, okay, C, FULL), load_rows(v, VT, more, okay, C, FULL)
+        next_dys = load_rows(dy, D, more, okay, C, FULL)
+        next_abp = load_rows(marks, D, more * 3, okay, 3, FULL)
         g0, g1, dp, keep, dw, du = steps_back(
             ks, vs, dys, abp[0], abp[1], abp[2], end_p, g0, g1, dp, keep, dw, du, w, bonus, dk, dv, left,
             okay, D, C, not FULL, LOCAL, PASS_P,

@@ -86,11 +86,11 @@ def final_segment(total, length):
 
 @triton.jit
 def load_rows(ptr, STRIDE: tl.constexpr, left, okay, ROWS: tl.constexpr, WHOLE: tl.constexpr = False):
-    """ROWS rows from ptr [BC] on as a tuple, zeros from row `left` on. WHOLE: all rows or (unset) none."""
+    """ROWS rows from ptr [BC] on as a tuple, zeros from row `left` on; WHOLE: all rows exist."""
     rows = ()
     for i in tl.static_range(ROWS):
         if WHOLE:
-            rows = rows + (tl.load(ptr + i * STRIDE, mask=below(0, left, okay)),)  # noqa: RUF005
+            rows = rows + (tl.load(ptr + i * STRIDE, mask=okay),)  # noqa: RUF005
         else:
             rows = rows + (tl.load(ptr + i * STRIDE, mask=below(i, left, okay), other=0.0),)  # noqa: RUF005
     return rows
@@ -199,6 +199,7 @@ def forward(
     )
     if LOCAL:  # nobody needs what the last segment adds
         live = tl.where(segment >= final_segment(total, length), 0, live)
+        at = tl.where(live > 0, at, 0)  # rows that exist, for the first loads
     w = tl.load(log_w + col, mask=okay, other=0.0).to(tl.float32) * LOG2E
     bonus = tl.load(u + col, mask=okay, other=0.0).to(tl.float32) * LOG2E
     k += row * k_batch + at * KT + col
@@ -220,9 +221,10 @@ def forward(
     p = tl.zeros([BC], tl.float32)
     ks, vs = load_rows(k, KT, live, okay, U, FULL), load_rows(v, VT, live, okay, U, FULL)
     for i in range(0, (live + U - 1) // U):
-        k += U * KT
-        v += U * VT
         left = live - i * U
+        further = tl.where(left > U, U, 0) if FULL else U  # the last group loads itself again
+        k += further * KT
+        v += further * VT
         next_ks = load_rows(k, KT, left - U, okay, U, FULL)
         next_vs = load_rows(v, VT, left - U, okay, U, FULL)
         a, b, p, ref = steps(ks, vs, a, b, p, ref, w, bonus, y, marks, left, okay, D, C, U, not FULL, LOCAL)

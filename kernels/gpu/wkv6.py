@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .wkv6_backward import backward
-from .wkv6_forward import combine, local, walk
+from .wkv6_forward import combine, local, strong_scores, walk
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
 
@@ -28,9 +28,9 @@ class Tiles(NamedTuple):
 
 
 TILES = {
-    16: Tiles(64, 16, 4, 1, 16, 4, 1),
-    32: Tiles(64, 32, 4, 1, 32, 4, 1),
-    64: Tiles(64, 64, 4, 1, 32, 4, 1),
+    16: Tiles(32, 16, 4, 1, 16, 4, 1),
+    32: Tiles(32, 32, 4, 1, 32, 4, 1),
+    64: Tiles(64, 64, 4, 2, 32, 4, 1),
     128: Tiles(32, 64, 4, 1, 32, 4, 1),
 }
 """Head size -> tiles."""
@@ -39,10 +39,13 @@ MILD = 60.0
 """Largest decay of a chunk, in powers of two, that one reference point serves (docs/kernels.md)."""
 
 PROGRAMS = 264
-"""Walks wanted at least: two on each multiprocessor of an H100; with fewer heads, time is cut into segments."""
+"""Walks wanted at least: two on each multiprocessor of an H100; with fewer heads, time is cut up."""
 
 SHORTEST = 8
 """Chunks that a segment has at least."""
+
+LEAF = 4
+"""Strong chunks: blocks of 2^LEAF steps that are mild in themselves take one reference."""
 
 
 class Plan(NamedTuple):
@@ -110,6 +113,8 @@ class _Launch(NamedTuple):
     grid: tuple[int, int]
     table: Tensor | None
     firsts: Tensor | None
+    slots: int  # chunk states in all
+    chunk_table: Tensor | None
     flags: dict[str, bool]
     n: int
     tiles: Tiles
@@ -132,7 +137,11 @@ def _launch(r: Tensor, w: Tensor, cu: Tensor | None, lengths: Tensor | None) -> 
         "HAS_LEN": lengths is not None,
         "SPLIT": r.dtype == torch.bfloat16 and not _INTERPRETED,
     }
-    return _Launch(p, (r.shape[2], programs), table, firsts, flags, r.shape[3], tiles)
+    slots = p.sequences * p.slots if cu is None else p.slots
+    chunk_table = None if cu is None else _chunk_table(cu, tiles.chunk, slots)
+    return _Launch(
+        p, (r.shape[2], programs), table, firsts, slots, chunk_table, flags, r.shape[3], tiles
+    )
 
 
 def _carry(
@@ -170,8 +179,11 @@ def _output(like: Tensor, lengths: Tensor | None, dtype: torch.dtype | None = No
 def _wkv6(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None,
     lengths: Tensor | None, cu: Tensor | None, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(y, final state, chunk states for the backward pass: empty without `save`); w [H,N] is RWKV-5."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(y, final state, chunk states and flags for the backward pass); without `save` no chunk states.
+
+    w [H,N] is RWKV-5.
+    """
     go = _launch(r, w, cu, lengths)
     p, n, heads = go.plan, go.n, r.shape[2]
     y = _output(r, lengths)
@@ -179,20 +191,37 @@ def _wkv6(
     chunks = torch.empty(_chunk_shape(r, cu, save), dtype=torch.float32, device=r.device)
     state = None if state is None else state.contiguous()
     carry = _carry(go, k, v, w, state, cu, lengths, reverse=False)
-    _walk(go, r, k, v, w, u, y, state, final, chunks if save else None, carry, cu, lengths)
-    return y, final, chunks
+    flags = torch.zeros(go.slots, heads, dtype=torch.int32, device=r.device)
+    scores = _strong(go, r, k, w, flags, cu, lengths, known=False)
+    _walk(go, r, k, v, w, u, y, state, final, chunks if save else None, scores, flags, carry, cu, lengths)
+    return y, final, chunks, flags
+
+
+def _strong(
+    go: _Launch, r: Tensor, k: Tensor, w: Tensor, flags: Tensor, cu: Tensor | None,
+    lengths: Tensor | None, *, known: bool,
+) -> Tensor:  # fmt: skip
+    """The scores of the strong chunks [slots, H, L, L], the others left unwritten; fills or reads the flags."""
+    chunk, heads = go.tiles.chunk, r.shape[2]
+    scores = torch.empty(go.slots, heads, chunk, chunk, dtype=torch.float32, device=r.device)
+    strong_scores[(heads, go.slots)](
+        r, k, w, scores, flags, cu, lengths, go.chunk_table, r.shape[1], heads, go.plan.slots,
+        *_strides(r, k, w), N=go.n, L=chunk, LEVELS=chunk.bit_length() - 1, LEAF=LEAF, LIMIT=MILD,
+        **go.flags, KNOWN=known, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return scores
 
 
 def _walk(
     go: _Launch, r: Tensor, k: Tensor, x: Tensor, w: Tensor, u: Tensor, y: Tensor, state: Tensor | None,
-    final: Tensor, chunks: Tensor | None, carry: Tensor | None, cu: Tensor | None,
-    lengths: Tensor | None, *, reverse: bool = False,
+    final: Tensor, chunks: Tensor | None, scores: Tensor, flags: Tensor, carry: Tensor | None,
+    cu: Tensor | None, lengths: Tensor | None, *, reverse: bool = False,
 ) -> None:  # fmt: skip
     p, n, tiles = go.plan, go.n, go.tiles
     walk[(go.grid[0] * (n // tiles.values), go.grid[1])](
-        r, k, x, w, u.contiguous(), y, state, final, chunks, carry, cu, lengths, go.table,
+        r, k, x, w, u.contiguous(), y, state, final, chunks, scores, flags, carry, cu, lengths, go.table,
         r.shape[1], r.shape[2], p.per_segment, p.slots, p.segments, *_strides(r, k, x, w),
-        N=n, BV=tiles.values, L=tiles.chunk, LEVELS=tiles.chunk.bit_length() - 1, LIMIT=MILD, **go.flags,
+        N=n, BV=tiles.values, L=tiles.chunk, LIMIT=MILD, **go.flags,
         HAS_STATE=state is not None, CARRY=go.carried, SAVE=chunks is not None, REVERSE=reverse,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
@@ -208,18 +237,19 @@ def _chunk_shape(r: Tensor, cu: Tensor | None, save: bool) -> tuple[int, ...]:
 def _(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None,
     lengths: Tensor | None, cu: Tensor | None, save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     heads, n = r.shape[2], r.shape[3]
     sequences = r.shape[0] if cu is None else cu.shape[0] - 1
     final = r.new_empty((sequences, heads, n, n), dtype=torch.float32)
     chunks = r.new_empty(_chunk_shape(r, cu, save), dtype=torch.float32)
-    return r.new_empty(r.shape), final, chunks
+    flags = r.new_empty(_chunk_shape(r, cu, True)[:2], dtype=torch.int32)
+    return r.new_empty(r.shape), final, chunks, flags
 
 
 @torch.library.custom_op("visualrwkv::wkv6_backward", mutates_args=())
 def _wkv6_backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, lengths: Tensor | None, cu: Tensor | None,
-    chunks: Tensor, dy: Tensor, dfinal: Tensor | None,
+    chunks: Tensor, flags: Tensor, dy: Tensor, dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of r, k, v, w, u and the initial state."""
     go = _launch(r, w, cu, lengths)
@@ -227,23 +257,25 @@ def _wkv6_backward(
     time, heads = r.shape[1:3]
     dy = dy.contiguous()
     dfinal = None if dfinal is None else dfinal.contiguous()
-    dr, dk, dv = (_output(r, lengths) for _ in range(3))
+    dv = _output(r, lengths)
     dstate = torch.empty(p.sequences, heads, n, n, dtype=torch.float32, device=r.device)
     dchunks = torch.empty_like(chunks)
     carry = _carry(go, r, dy, w, dfinal, cu, lengths, reverse=True)
-    _walk(go, r, k, dy, w, u, dv, dfinal, dstate, dchunks, carry, cu, lengths, reverse=True)
-    slots = chunks.shape[0]
-    table = None if cu is None else _chunk_table(cu, tiles.chunk, slots)
+    scores = _strong(go, r, k, w, flags, cu, lengths, known=True)
+    _walk(go, r, k, dy, w, u, dv, dfinal, dstate, dchunks, scores, flags, carry, cu, lengths, reverse=True)
+    del scores, carry  # their memory serves the gradients
+    dr, dk = (_output(r, lengths) for _ in range(2))
     ragged = cu is not None or lengths is not None  # then some programs have nothing to write
     make = torch.zeros if ragged else torch.empty
-    du = make((slots, heads, n), dtype=torch.float32, device=r.device)
+    du = make((go.slots, heads, n), dtype=torch.float32, device=r.device)
     dw = torch.zeros_like(du) if go.flags["STATIC"] else _output(r, lengths, w.dtype)
-    backward[(heads * (n // tiles.keys), slots)](
-        r, k, v, w, u.contiguous(), dy, dr, dk, dw, du, chunks, dchunks, cu, lengths, table,
-        time, heads, p.slots, *_strides(r, k, v, w),
-        N=n, BK=tiles.keys, L=tiles.chunk, LEVELS=tiles.chunk.bit_length() - 1, LIMIT=MILD, **go.flags,
-        num_warps=tiles.warps_back, num_stages=tiles.stages_back,
-    )  # fmt: skip
+    for strong in (False, True):
+        backward[(heads * (n // tiles.keys), go.slots)](
+            r, k, v, w, u.contiguous(), dy, dr, dk, dw, du, chunks, dchunks, flags, cu, lengths,
+            go.chunk_table, time, heads, p.slots, *_strides(r, k, v, w),
+            N=n, BK=tiles.keys, L=tiles.chunk, LEVELS=tiles.chunk.bit_length() - 1, LEAF=LEAF, LIMIT=MILD,
+            **go.flags, STRONG=strong, num_warps=tiles.warps_back, num_stages=tiles.stages_back,
+        )  # fmt: skip
     if go.flags["STATIC"]:
         dw = dw.sum(0).to(w.dtype)
     return dr, dk, dv, dw, du.sum(0).to(u.dtype), dstate
@@ -252,7 +284,7 @@ def _wkv6_backward(
 @_wkv6_backward.register_fake
 def _(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, lengths: Tensor | None, cu: Tensor | None,
-    chunks: Tensor, dy: Tensor, dfinal: Tensor | None,
+    chunks: Tensor, flags: Tensor, dy: Tensor, dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     sequences = r.shape[0] if cu is None else cu.shape[0] - 1
     like = [r.new_empty(x.shape, dtype=x.dtype) for x in (r, k, v, w, u)]
@@ -262,15 +294,18 @@ def _(
 
 def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     r, k, v, w, u, state, lengths, cu, _ = inputs
-    ctx.save_for_backward(r, k, v, w, u, lengths, cu, output[2])
+    ctx.save_for_backward(r, k, v, w, u, lengths, cu, output[2], output[3])
+    ctx.mark_non_differentiable(output[2], output[3])
     ctx.has_state = state is not None
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, dfinal, dchunks):  # type: ignore[no-untyped-def]
-    r, k, v, w, u, lengths, cu, chunks = ctx.saved_tensors
+def _gradients(ctx, dy, dfinal, *_):  # type: ignore[no-untyped-def]
+    r, k, v, w, u, lengths, cu, chunks, flags = ctx.saved_tensors
     dy = torch.zeros_like(r) if dy is None else dy
-    *most, dstate = torch.ops.visualrwkv.wkv6_backward(r, k, v, w, u, lengths, cu, chunks, dy, dfinal)
+    *most, dstate = torch.ops.visualrwkv.wkv6_backward(
+        r, k, v, w, u, lengths, cu, chunks, flags, dy, dfinal
+    )
     return (*most, dstate if ctx.has_state else None, None, None, None)
 
 
@@ -285,7 +320,7 @@ def wkv6(
     save = torch.is_grad_enabled() and any(
         x.requires_grad for x in (r, k, v, log_w, u, state) if x is not None
     )
-    y, final, _ = _wkv6(r, k, v, log_w, u, state, lengths, cu_seqlens, save)
+    y, final, _, _ = _wkv6(r, k, v, log_w, u, state, lengths, cu_seqlens, save)
     return y, final
 
 

@@ -21,44 +21,43 @@ from .tiles import (
     mm_left,
     over_time,
     over_time_grad,
-    span,
     store_tile,
 )
-from .wkv6_forward import decays, mild, prefix, suffix
+from .wkv6_forward import bounded, decays, place, prefix, suffix
 
 
 @triton.jit(do_not_specialize=["T", "slots"])
 def backward(
-    r, k, v, w, u, dy, dr, dk, dw, du, chunks, dchunks, cu, lengths, table,
+    r, k, v, w, u, dy, dr, dk, dw, du, chunks, dchunks, flags, cu, lengths, table,
     T, H, slots,
     r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h,
-    N: tl.constexpr, BK: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr,
-    STATIC: tl.constexpr, PACKED: tl.constexpr, HAS_LEN: tl.constexpr, SPLIT: tl.constexpr,
+    N: tl.constexpr, BK: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, LEAF: tl.constexpr,
+    LIMIT: tl.constexpr, STATIC: tl.constexpr, PACKED: tl.constexpr, HAS_LEN: tl.constexpr,
+    STRONG: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """dr, dk, dw per token; du (and dw of RWKV-5) as one row per chunk, to be added up."""
+    """dr, dk, dw per token; du (and dw of RWKV-5) as one row per chunk, to be added up.
+
+    STRONG: of the chunks flagged by `strong_scores`, else of the others. Two kernels: a branch for the rare
+    strong chunk would cost the common ones their registers.
+    """
     slices: tl.constexpr = N // BK
     head = tl.program_id(0) // slices
     cut = tl.program_id(0) % slices * BK
-    slot = tl.program_id(1).to(tl.int64)
-    if PACKED:
-        seq = tl.load(table + 2 * slot)
-        c = tl.load(table + 2 * slot + 1)
-    else:
-        seq = tl.program_id(1) // slots
-        c = tl.program_id(1) % slots
-    b, first, n = span(cu, lengths, seq, T, PACKED, HAS_LEN)
+    b, first, n, c = place(cu, lengths, table, T, slots, PACKED, HAS_LEN)
     row = c * L
     if (c < 0) | (row >= n):
         return
-    b = b.to(tl.int64)
+    where = tl.program_id(1).to(tl.int64) * H + head
+    if (tl.load(flags + where) != 0) != STRONG:
+        return
     r_at = r + b * r_b + first * r_t + head * r_h + cut
     k_at = k + b * k_b + first * k_t + head * k_h + cut
     v_at = v + b * v_b + first * v_t + head * v_h
     w_at = w + b * w_b + first * w_t + head * w_h + cut
     y_t = H * N
     out = (b * T + first) * y_t + head * N
-    state = (slot * H + head) * (N * N) + tl.arange(0, N)[:, None] * N + cut + tl.arange(0, BK)[None, :]
-    part = (slot * H + head) * N + cut + tl.arange(0, BK)
+    state = where * (N * N) + tl.arange(0, N)[:, None] * N + cut + tl.arange(0, BK)[None, :]
+    part = where * N + cut + tl.arange(0, BK)
     i = tl.arange(0, L)[:, None]
     j = tl.arange(0, L)[None, :]
     bonus = tl.load(u + head * N + cut + tl.arange(0, BK)).to(tl.float32)[None, :]
@@ -69,38 +68,36 @@ def backward(
     kt = load_tile(k_at, row, n, k_t, BK, L).to(tl.float32)
     ddiagonal = tl.sum(vt.to(tl.float32) * dyt.to(tl.float32), 1)[:, None]  # [L, 1]
     tl.store(du + part, tl.sum(ddiagonal * rt * kt, 0))
-    after = suffix(wt, row, n, i, j, BK, L, STATIC, SPLIT)
-    ahead = -(after + wt.to(tl.float32) * LOG2E)  # decay from each step on [L, BK]
-    decay = tl.max(ahead, 0)  # [BK], the whole chunk's
-    fade = tl.exp2(-decay)[None, :]
-    s = tl.load(chunks + state) * fade  # [V, BK]
+    fade = tl.exp2(tl.sum(wt.to(tl.float32), 0) * LOG2E)[None, :]
+    s = tl.load(chunks + state)  # [V, BK]
     ds = tl.load(dchunks + state)  # [V, BK]
-    dtotal = tl.sum(s * ds, 0)
     # Gradient of the scores and its transpose: two exact products are cheaper than a transposition.
     dscores = tl.where(i > j, mm_both(dyt, tl.trans(vt), SPLIT), 0.0)
     dscores_t = tl.where(j > i, mm_both(vt, tl.trans(dyt), SPLIT), 0.0)
     dkey = mm_left(vt, ds, SPLIT)
-    if mild(decay, rt, LIMIT):
-        faded_r = tl.exp2(ahead)
-        query = rt * faded_r
-        dquery = mm_left(dyt, s, SPLIT)
-        dtotal += tl.sum(query * dquery, 0)
-        key = kt * tl.exp2(after)
-        dquery += mm(dscores, key, SPLIT)
-        dkey += mm(dscores_t, query, SPLIT)
-        from_query = query * dquery
-        dwt = over_time_grad(j < i, key * dkey - from_query, SPLIT) - from_query + dtotal[None, :]
-        drt = dquery * faded_r
-        dkt = dkey * tl.exp2(after)
-    else:
-        faded_r = tl.exp2(prefix(wt, row, i, j, BK, L, STATIC, SPLIT))
-        dquery = mm_left(dyt, tl.load(chunks + state), SPLIT)
-        drt = dquery * faded_r
-        dkt = dkey * tl.exp2(after)
+    if STRONG:
+        ds *= fade
+        drt = mm_left(dyt, s, SPLIT) * tl.exp2(prefix(wt, row, i, j, BK, L, STATIC, SPLIT))
+        dkt = dkey * tl.exp2(suffix(wt, row, n, i, j, BK, L, STATIC, SPLIT))
         dwt = over_time_grad(j < i, kt * dkt, SPLIT) + over_time_grad(j > i, rt * drt, SPLIT)
-        dwt += dtotal[None, :]
+        dwt += tl.sum(s * ds, 0)[None, :]
+        leaf = (i >> LEAF) == (j >> LEAF)
+        after = over_time(leaf & (j > i), wt, wt.dtype == tl.bfloat16, SPLIT) * LOG2E
+        ahead = -(after + wt.to(tl.float32) * LOG2E)
+        lowest = LEAF
+        if tl.max(tl.max(ahead, 1), 0) < LIMIT:
+            query = bounded(rt * tl.exp2(ahead))
+            key = kt * tl.exp2(after)
+            dquery = mm(tl.where(leaf, dscores, 0.0), key, SPLIT)
+            dkey = mm(tl.where(leaf, dscores_t, 0.0), query, SPLIT)
+            drt += dquery * tl.exp2(ahead)
+            dkt += dkey * tl.exp2(after)
+            from_query = query * dquery
+            dwt += over_time_grad(leaf & (j < i), key * dkey - from_query, SPLIT) - from_query
+        else:
+            lowest = 0
         step = tl.arange(0, L)
-        for level in range(LEVELS):
+        for level in range(lowest, LEVELS):
             right = (((step >> level) & 1) == 1)[:, None]
             between = over_time(level_sum(i, j, level), wt, wt.dtype == tl.bfloat16, SPLIT) * LOG2E
             weight = tl.exp2(between)
@@ -111,6 +108,20 @@ def backward(
             drt += tl.where(right, dx * weight, 0.0)
             dkt += tl.where(right, 0.0, dx * weight)
             dwt += over_time_grad(level_sum(j, i, level), x * dx, SPLIT)
+    else:
+        after = suffix(wt, row, n, i, j, BK, L, STATIC, SPLIT)
+        ahead = -(after + wt.to(tl.float32) * LOG2E)  # decay from each step on [L, BK]
+        query = bounded(rt * tl.exp2(ahead))
+        s *= fade
+        dquery = mm_left(dyt, s, SPLIT)
+        dtotal = tl.sum(s * ds, 0) + tl.sum(query * dquery, 0)
+        key = kt * tl.exp2(after)
+        dquery += mm(dscores, key, SPLIT)
+        dkey += mm(dscores_t, query, SPLIT)
+        from_query = query * dquery
+        dwt = over_time_grad(j < i, key * dkey - from_query, SPLIT) - from_query + dtotal[None, :]
+        drt = dquery * tl.exp2(ahead)
+        dkt = dkey * tl.exp2(after)
     store_tile(dr + out + cut, row, n, y_t, drt + ddiagonal * kt * bonus, BK, L)
     store_tile(dk + out + cut, row, n, y_t, dkt + ddiagonal * rt * bonus, BK, L)
     if STATIC:

@@ -55,43 +55,83 @@ def prefix(w, row, i, j, N: tl.constexpr, L: tl.constexpr, STATIC: tl.constexpr,
 
 
 @triton.jit
-def mild(decay, r, LIMIT: tl.constexpr):
-    """Whether one reference serves all pairs: no channel's log2 `decay` [K] of the chunk exceeds LIMIT.
+def place(cu, lengths, table, T, slots, PACKED: tl.constexpr, HAS_LEN: tl.constexpr):
+    """(row of the batch, first step of the sequence, its steps, the chunk) of the program's chunk slot."""
+    slot = tl.program_id(1)
+    if PACKED:
+        seq = tl.load(table + 2 * slot)
+        c = tl.load(table + 2 * slot + 1)
+    else:
+        seq = slot // slots
+        c = slot % slots
+    b, first, n = span(cu, lengths, seq, T, PACKED, HAS_LEN)
+    return b.to(tl.int64), first, n, c
 
-    Queries r are scaled up by as much; those beyond 1e12 are left to the form that scales nothing up.
+
+@triton.jit(do_not_specialize=["T", "slots"])
+def strong_scores(
+    r, k, w, scores, flags, cu, lengths, table, T, H, slots,
+    r_b, r_t, r_h, k_b, k_t, k_h, w_b, w_t, w_h,
+    N: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, LEAF: tl.constexpr, LIMIT: tl.constexpr,
+    STATIC: tl.constexpr, PACKED: tl.constexpr, HAS_LEN: tl.constexpr, KNOWN: tl.constexpr,
+    SPLIT: tl.constexpr,
+):  # fmt: skip
+    """Flags the chunks in which a channel decays by more than 2^-LIMIT and makes their scores, for any decay.
+
+    Steps i > j meet at the lowest level at which one block of 2^(level+1) holds both: i then looks back to the
+    block's middle and j ahead to it, so every exponent is a sum of log decays and never above 0. Blocks of
+    2^LEAF steps that decay by less than the limit take one reference, as mild chunks do. KNOWN: flags are given.
     """
-    return tl.max(tl.maximum(decay * (1.0e12 / LIMIT), tl.max(tl.abs(r), 0)), 0) < 1.0e12
+    head = tl.program_id(0)
+    b, first, n, c = place(cu, lengths, table, T, slots, PACKED, HAS_LEN)
+    row = c * L
+    if (c < 0) | (row >= n):
+        return
+    where = tl.program_id(1).to(tl.int64) * H + head
+    w_at = w + b * w_b + first * w_t + head * w_h
+    wt = decays(w_at, row, n, w_t, N, L, STATIC)
+    if KNOWN:
+        strong = tl.load(flags + where) != 0
+    else:
+        strong = tl.min(tl.sum(wt.to(tl.float32), 0), 0) * LOG2E < -LIMIT
+        tl.store(flags + where, strong.to(tl.int32))
+    if strong:
+        i = tl.arange(0, L)[:, None]
+        j = tl.arange(0, L)[None, :]
+        step = tl.arange(0, L)
+        rt = load_tile(r + b * r_b + first * r_t + head * r_h, row, n, r_t, N, L).to(tl.float32)
+        kt = load_tile(k + b * k_b + first * k_t + head * k_h, row, n, k_t, N, L).to(tl.float32)
+        leaf = (i >> LEAF) == (j >> LEAF)
+        after = over_time(leaf & (j > i), wt, wt.dtype == tl.bfloat16, SPLIT) * LOG2E
+        ahead = -(after + wt.to(tl.float32) * LOG2E)
+        lowest = LEAF
+        found = tl.zeros((L, L), tl.float32)
+        if tl.max(tl.max(ahead, 1), 0) < LIMIT:
+            found += tl.where(
+                leaf & (i > j), mm(bounded(rt * tl.exp2(ahead)), tl.trans(kt * tl.exp2(after)), SPLIT), 0.0
+            )
+        else:
+            lowest = 0
+        for level in range(lowest, LEVELS):
+            between = over_time(level_sum(i, j, level), wt, wt.dtype == tl.bfloat16, SPLIT) * LOG2E
+            right = ((step >> level) & 1) == 1
+            x = tl.where(right[:, None], rt, kt) * tl.exp2(between)  # [L, K]
+            found += tl.where(level_pairs(i, j, level), mm(x, tl.trans(x), SPLIT), 0.0)
+        tl.store(scores + where * (L * L) + i * L + j, found)
 
 
 @triton.jit
-def doubling(
-    r_at, k_at, w_at, row, n, r_t, k_t, w_t, i, j, N: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr,
-    STATIC: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
-):  # fmt: skip
-    """Scores of all pairs of different steps for any decays: no exponent is above 0. REVERSE: transposed.
-
-    Reads its tiles again at each level: registers are scarcer here than first-level cache.
-    """
-    scores = tl.zeros((L, L), tl.float32)
-    step = tl.arange(0, L)
-    for level in range(LEVELS):
-        w = decays(w_at, row, n, w_t, N, L, STATIC)
-        between = over_time(level_sum(i, j, level), w, w.dtype == tl.bfloat16, SPLIT) * LOG2E
-        right = ((step >> level) & 1) == 1
-        r = load_tile(r_at, row, n, r_t, N, L).to(tl.float32)
-        k = load_tile(k_at, row, n, k_t, N, L).to(tl.float32)
-        x = tl.where(right[:, None], r, k) * tl.exp2(between)  # [L, K]
-        pairs = level_pairs(j, i, level) if REVERSE else level_pairs(i, j, level)
-        scores += tl.where(pairs, mm(x, tl.trans(x), SPLIT), 0.0)
-    return scores
+def bounded(x):
+    """Keeps a product of a huge input and a scale finite: infinity times a vanished key would be NaN."""
+    return tl.minimum(tl.maximum(x, -3.0e38), 3.0e38)
 
 
 @triton.jit(do_not_specialize=["T", "per_segment", "slots"])
 def walk(
-    r, k, x, w, u, y, state, final, chunks, carry, cu, lengths, table,
+    r, k, x, w, u, y, state, final, chunks, scores, flags, carry, cu, lengths, table,
     T, H, per_segment, slots, segments,
     r_b, r_t, r_h, k_b, k_t, k_h, x_b, x_t, x_h, w_b, w_t, w_h,
-    N: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, LEVELS: tl.constexpr, LIMIT: tl.constexpr,
+    N: tl.constexpr, BV: tl.constexpr, L: tl.constexpr, LIMIT: tl.constexpr,
     STATIC: tl.constexpr, PACKED: tl.constexpr, HAS_LEN: tl.constexpr, HAS_STATE: tl.constexpr,
     CARRY: tl.constexpr, SAVE: tl.constexpr, REVERSE: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
@@ -143,39 +183,36 @@ def walk(
         if REVERSE:
             c = begin + end - 1 - step
         row = c * L
+        where = (slot + c) * H + head
         rt = load_tile(r_at, row, n, r_t, N, L).to(tl.float32)
         kt = load_tile(k_at, row, n, k_t, N, L).to(tl.float32)
         xt = load_tile(x_at, row, n, x_t, BV, L)
         wt = decays(w_at, row, n, w_t, N, L, STATIC)
+        strong = (tl.load(flags + where) + tl.zeros((L, L), tl.int32)) != 0
         if SAVE:
-            tl.store(chunks + ((slot + c) * H + head) * (N * N) + square(cut, N, BV), s)
-        after = suffix(wt, row, n, i, j, N, L, STATIC, SPLIT)
-        ahead = -(after + wt.to(tl.float32) * LOG2E)  # decay from each step on [L, K]
-        decay = tl.max(ahead, 0)  # [K], the whole chunk's
-        fade = tl.exp2(-decay)[None, :]
-        key = kt * tl.exp2(after)
+            tl.store(chunks + where * (N * N) + square(cut, N, BV), s)
+        decay = tl.sum(wt.to(tl.float32), 0) * -LOG2E  # [K], the whole chunk's
+        query = rt * tl.exp2(prefix(wt, row, i, j, N, L, STATIC, SPLIT))
+        key = kt * tl.exp2(suffix(wt, row, n, i, j, N, L, STATIC, SPLIT))
         diagonal = tl.sum(rt * kt * bonus[None, :], 1)  # [L]
-        if mild(decay, rt, LIMIT):
-            # One reference, the end of the chunk: query 2^-(what follows), key 2^(what follows), state faded.
-            query = rt * tl.exp2(ahead)
-            if REVERSE:
-                scores = tl.where(j > i, mm(key, tl.trans(query), SPLIT), 0.0)
-            else:
-                scores = tl.where(i > j, mm(query, tl.trans(key), SPLIT), 0.0)
-            reference = fade
+        # Mild chunks: one reference, the end of the chunk; of strong ones the scores are there already.
+        lead = bounded(query * tl.exp2(tl.minimum(decay, LIMIT))[None, :])
+        if REVERSE:
+            made = tl.load(scores + where * (L * L) + j * L + i, mask=strong, other=0.0)
+            found = tl.where(strong, made, mm(key, tl.trans(lead), SPLIT))
+            found = tl.where(j > i, found, 0.0)
         else:
-            query = rt * tl.exp2(prefix(wt, row, i, j, N, L, STATIC, SPLIT))
-            scores = doubling(
-                r_at, k_at, w_at, row, n, r_t, k_t, w_t, i, j, N, L, LEVELS, STATIC, REVERSE, SPLIT
-            )
-            reference = tl.full((1, N), 1.0, tl.float32)
-        scores += tl.where(i == j, diagonal[:, None], 0.0)
-        out = mm_right(scores, xt, SPLIT)
+            made = tl.load(scores + where * (L * L) + i * L + j, mask=strong, other=0.0)
+            found = tl.where(strong, made, mm(lead, tl.trans(key), SPLIT))
+            found = tl.where(i > j, found, 0.0)
+        found += tl.where(i == j, diagonal[:, None], 0.0)
+        out = mm_right(found, xt, SPLIT)
+        fade = tl.exp2(-decay)[None, :]
         if REVERSE:
             out += mm(key, tl.trans(s), SPLIT)
-            s = s * fade + mm_left(tl.trans(xt), query, SPLIT) * reference
+            s = s * fade + mm_left(tl.trans(xt), query, SPLIT)
         else:
-            out += mm(query, tl.trans(s * reference), SPLIT)
+            out += mm(query, tl.trans(s), SPLIT)
             s = s * fade + mm_left(tl.trans(xt), key, SPLIT)
         store_tile(y_at, row, n, H * N, out, BV, L)
     last = begin == 0 if REVERSE else end == n_chunks
