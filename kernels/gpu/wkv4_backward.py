@@ -99,7 +99,7 @@ def backward(
     slot = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     okay = inside(col, D, BC)
-    row, index, segment, at, live, every, total, mark, _begin = place(
+    row, index, segment, at, live, every, total, mark = place(
         slot, sizes, batch, time, length, segments, C, MODE
     )
     if LOCAL:  # nobody is before the first segment

@@ -38,7 +38,7 @@ def find_sequence(x, sizes, count, length):
 @triton.jit
 def place(slot, sizes, batch, time, length, segments, C: tl.constexpr, MODE: tl.constexpr):
     """What a slot is: (sample of the tensors, state index, segment, first row, live rows, all rows,
-    the sample's length, its first mark, first row of the sample). State index >= batch: no sequence."""
+    the sample's length, its first mark). State index >= batch: no sequence."""
     if MODE == PACKED:
         row = tl.full([], 0, tl.int64)
         state = find_sequence(slot, sizes, batch, length).to(tl.int64)
@@ -61,7 +61,7 @@ def place(slot, sizes, batch, time, length, segments, C: tl.constexpr, MODE: tl.
             total = tl.load(sizes + row).to(tl.int64)
             live = tl.minimum(tl.maximum(total - segment * length, 0), length)
         marks = row * ((time + C - 1) // C)
-    return row, state, segment, begin + segment * length, live, every, total, marks, begin
+    return row, state, segment, begin + segment * length, live, every, total, marks
 
 
 @triton.jit
@@ -194,7 +194,7 @@ def forward(
     slot = (tl.program_id(0) // blocks).to(tl.int64)
     col = (tl.program_id(0) % blocks) * BC + tl.arange(0, BC)
     okay = inside(col, D, BC)
-    row, index, segment, at, live, every, total, mark, _begin = place(
+    row, index, segment, at, live, every, total, mark = place(
         slot, sizes, batch, time, length, segments, C, MODE
     )
     if LOCAL:  # nobody needs what the last segment adds
