@@ -188,23 +188,24 @@ def walk(
         kt = load_tile(k_at, row, n, k_t, N, L).to(tl.float32)
         xt = load_tile(x_at, row, n, x_t, BV, L)
         wt = decays(w_at, row, n, w_t, N, L, STATIC)
-        strong = (tl.load(flags + where) + tl.zeros((L, L), tl.int32)) != 0
+        strong = tl.load(flags + where) != 0
         if SAVE:
             tl.store(chunks + where * (N * N) + square(cut, N, BV), s)
         decay = tl.sum(wt.to(tl.float32), 0) * -LOG2E  # [K], the whole chunk's
         query = rt * tl.exp2(prefix(wt, row, i, j, N, L, STATIC, SPLIT))
         key = kt * tl.exp2(suffix(wt, row, n, i, j, N, L, STATIC, SPLIT))
         diagonal = tl.sum(rt * kt * bonus[None, :], 1)  # [L]
-        # Mild chunks: one reference, the end of the chunk; of strong ones the scores are there already.
-        lead = bounded(query * tl.exp2(tl.minimum(decay, LIMIT))[None, :])
-        if REVERSE:
-            made = tl.load(scores + where * (L * L) + j * L + i, mask=strong, other=0.0)
-            found = tl.where(strong, made, mm(key, tl.trans(lead), SPLIT))
-            found = tl.where(j > i, found, 0.0)
+        if strong:
+            at = where * (L * L) + (j * L + i if REVERSE else i * L + j)
+            found = tl.load(scores + at)
         else:
-            made = tl.load(scores + where * (L * L) + i * L + j, mask=strong, other=0.0)
-            found = tl.where(strong, made, mm(lead, tl.trans(key), SPLIT))
-            found = tl.where(i > j, found, 0.0)
+            # One reference for all pairs, the end of the chunk. A huge query may leave the range: no NaN then.
+            lead = bounded(query * tl.exp2(decay)[None, :])
+            if REVERSE:
+                found = mm(key, tl.trans(lead), SPLIT)
+            else:
+                found = mm(lead, tl.trans(key), SPLIT)
+        found = tl.where(j > i if REVERSE else i > j, found, 0.0)
         found += tl.where(i == j, diagonal[:, None], 0.0)
         out = mm_right(found, xt, SPLIT)
         fade = tl.exp2(-decay)[None, :]
