@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch.autograd.function import once_differentiable
 
 Function = Callable[..., Any]
 
@@ -53,6 +54,7 @@ def operator(
             return tuple(output) if listed else output
 
         @staticmethod
+        @once_differentiable
         def backward(ctx: Any, *grads: Any) -> Any:
             return (
                 gradients(ctx, backward.run, list(grads)) if listed else gradients(ctx, backward.run, *grads)

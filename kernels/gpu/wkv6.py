@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .ops import Launch, operator
 from .wkv6_backward import backward
 from .wkv6_forward import combine, local, strong_scores, walk
 
@@ -39,7 +41,7 @@ MILD = 60.0
 """Largest decay of a chunk, in powers of two, that one reference point serves (docs/kernels.md)."""
 
 PROGRAMS = 264
-"""Walks wanted at least: two on each multiprocessor of an H100; with fewer heads, time is cut up."""
+"""Walks that run at once: two on each multiprocessor of an H100. With fewer heads, time is cut up."""
 
 SHORTEST = 8
 """Chunks that a segment has at least."""
@@ -63,7 +65,7 @@ def plan(r: Tensor, cu: Tensor | None) -> Plan:
     chunk = TILES[size].chunk
     sequences = batch if cu is None else cu.shape[0] - 1
     chunks = -(-time // chunk)
-    wanted = -(-PROGRAMS // (sequences * heads))
+    wanted = max(1, PROGRAMS // (sequences * heads))  # rounded down: a second wave would cost a whole walk
     longest = chunks if cu is None else -(-chunks // sequences)  # packed: the mean length
     per_segment = max(SHORTEST, -(-longest // wanted))
     if wanted == 1 or per_segment >= chunks:
@@ -175,8 +177,7 @@ def _output(like: Tensor, lengths: Tensor | None, dtype: torch.dtype | None = No
     return make(like.shape, dtype=dtype or like.dtype, device=like.device)
 
 
-@torch.library.custom_op("visualrwkv::wkv6", mutates_args=())
-def _wkv6(
+def _forward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None,
     lengths: Tensor | None, cu: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -201,7 +202,7 @@ def _strong(
     go: _Launch, r: Tensor, k: Tensor, w: Tensor, flags: Tensor, cu: Tensor | None,
     lengths: Tensor | None, *, known: bool,
 ) -> Tensor:  # fmt: skip
-    """The scores of the strong chunks [slots, H, L, L], the others left unwritten; fills or reads the flags."""
+    """Scores of the strong chunks [slots, H, L, L], the others left unwritten; fills or reads the flags."""
     chunk, heads = go.tiles.chunk, r.shape[2]
     scores = torch.empty(go.slots, heads, chunk, chunk, dtype=torch.float32, device=r.device)
     strong_scores[(heads, go.slots)](
@@ -233,8 +234,7 @@ def _chunk_shape(r: Tensor, cu: Tensor | None, save: bool) -> tuple[int, ...]:
     return (slots if save else 0, heads, n, n)
 
 
-@_wkv6.register_fake
-def _(
+def _forward_shapes(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, state: Tensor | None,
     lengths: Tensor | None, cu: Tensor | None, save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -246,8 +246,7 @@ def _(
     return r.new_empty(r.shape), final, chunks, flags
 
 
-@torch.library.custom_op("visualrwkv::wkv6_backward", mutates_args=())
-def _wkv6_backward(
+def _backward(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, lengths: Tensor | None, cu: Tensor | None,
     chunks: Tensor, flags: Tensor, dy: Tensor, dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -281,8 +280,7 @@ def _wkv6_backward(
     return dr, dk, dv, dw, du.sum(0).to(u.dtype), dstate
 
 
-@_wkv6_backward.register_fake
-def _(
+def _backward_shapes(
     r: Tensor, k: Tensor, v: Tensor, w: Tensor, u: Tensor, lengths: Tensor | None, cu: Tensor | None,
     chunks: Tensor, flags: Tensor, dy: Tensor, dfinal: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
@@ -292,7 +290,7 @@ def _(
     return (*like, state)  # type: ignore[return-value]
 
 
-def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     r, k, v, w, u, state, lengths, cu, _ = inputs
     ctx.save_for_backward(r, k, v, w, u, lengths, cu, output[2], output[3])
     ctx.mark_non_differentiable(output[2], output[3])
@@ -300,23 +298,38 @@ def _keep(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
     ctx.set_materialize_grads(False)
 
 
-def _gradients(ctx, dy, dfinal, *_):  # type: ignore[no-untyped-def]
+def _gradients(ctx: Any, run: Callable[..., Any], dy: Tensor | None, dfinal: Tensor | None, *_: Any) -> Any:
     r, k, v, w, u, lengths, cu, chunks, flags = ctx.saved_tensors
     dy = torch.zeros_like(r) if dy is None else dy
-    *most, dstate = torch.ops.visualrwkv.wkv6_backward(
-        r, k, v, w, u, lengths, cu, chunks, flags, dy, dfinal
-    )
+    *most, dstate = run(r, k, v, w, u, lengths, cu, chunks, flags, dy, dfinal)
     return (*most, dstate if ctx.has_state else None, None, None, None)
 
 
-_wkv6.register_autograd(_gradients, setup_context=_keep)
+_INPUTS = "Tensor r, Tensor k, Tensor v, Tensor w, Tensor u"
+_RAGGED = "Tensor? lengths, Tensor? cu"
+_wkv6 = operator(
+    "wkv6",
+    Launch(
+        _forward,
+        _forward_shapes,
+        f"({_INPUTS}, Tensor? state, {_RAGGED}, bool save) -> (Tensor, Tensor, Tensor, Tensor)",
+    ),
+    Launch(
+        _backward,
+        _backward_shapes,
+        f"({_INPUTS}, {_RAGGED}, Tensor chunks, Tensor flags, Tensor dy, Tensor? dfinal)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
+    keep=_keep,
+    gradients=_gradients,
+)
 
 
 def wkv6(
     r: Tensor, k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None,
     lengths: Tensor | None, cu_seqlens: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """r, k, v, log_w [B,T,H,N] (log_w [H,N]: RWKV-5); u [H,N]; state [B or S,H,N,N] -> y, state in float32."""
+    """r, k, v, log_w [B,T,H,N] (RWKV-5: log_w [H,N]); u [H,N]; state [B or S,H,N,N] -> y, float32 state."""
     save = torch.is_grad_enabled() and any(
         x.requires_grad for x in (r, k, v, log_w, u, state) if x is not None
     )

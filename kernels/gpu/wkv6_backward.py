@@ -20,7 +20,6 @@ from .tiles import (
     mm_both,
     mm_left,
     over_time,
-    over_time_grad,
     store_tile,
 )
 from .wkv6_forward import bounded, decays, place, prefix, suffix
@@ -79,7 +78,7 @@ def backward(
         ds *= fade
         drt = mm_left(dyt, s, SPLIT) * tl.exp2(prefix(wt, row, i, j, BK, L, STATIC, SPLIT))
         dkt = dkey * tl.exp2(suffix(wt, row, n, i, j, BK, L, STATIC, SPLIT))
-        dwt = over_time_grad(j < i, kt * dkt, SPLIT) + over_time_grad(j > i, rt * drt, SPLIT)
+        dwt = over_time(j < i, kt * dkt, False, SPLIT) + over_time(j > i, rt * drt, False, SPLIT)
         dwt += tl.sum(s * ds, 0)[None, :]
         leaf = (i >> LEAF) == (j >> LEAF)
         after = over_time(leaf & (j > i), wt, wt.dtype == tl.bfloat16, SPLIT) * LOG2E
@@ -93,7 +92,7 @@ def backward(
             drt += dquery * tl.exp2(ahead)
             dkt += dkey * tl.exp2(after)
             from_query = query * dquery
-            dwt += over_time_grad(leaf & (j < i), key * dkey - from_query, SPLIT) - from_query
+            dwt += over_time(leaf & (j < i), key * dkey - from_query, False, SPLIT) - from_query
         else:
             lowest = 0
         step = tl.arange(0, L)
@@ -107,7 +106,7 @@ def backward(
             dx = mm(both, x, SPLIT)
             drt += tl.where(right, dx * weight, 0.0)
             dkt += tl.where(right, 0.0, dx * weight)
-            dwt += over_time_grad(level_sum(j, i, level), x * dx, SPLIT)
+            dwt += over_time(level_sum(j, i, level), x * dx, False, SPLIT)
     else:
         after = suffix(wt, row, n, i, j, BK, L, STATIC, SPLIT)
         ahead = -(after + wt.to(tl.float32) * LOG2E)  # decay from each step on [L, BK]
@@ -119,7 +118,7 @@ def backward(
         dquery += mm(dscores, key, SPLIT)
         dkey += mm(dscores_t, query, SPLIT)
         from_query = query * dquery
-        dwt = over_time_grad(j < i, key * dkey - from_query, SPLIT) - from_query + dtotal[None, :]
+        dwt = over_time(j < i, key * dkey - from_query, False, SPLIT) - from_query + dtotal[None, :]
         drt = dquery * tl.exp2(ahead)
         dkt = dkey * tl.exp2(after)
     store_tile(dr + out + cut, row, n, y_t, drt + ddiagonal * kt * bonus, BK, L)

@@ -89,9 +89,12 @@ def strong_scores(
         return
     where = tl.program_id(1).to(tl.int64) * H + head
     w_at = w + b * w_b + first * w_t + head * w_h
+    if KNOWN:
+        if tl.load(flags + where) == 0:
+            return
     wt = decays(w_at, row, n, w_t, N, L, STATIC)
     if KNOWN:
-        strong = tl.load(flags + where) != 0
+        strong = row < n
     else:
         strong = tl.min(tl.sum(wt.to(tl.float32), 0), 0) * LOG2E < -LIMIT
         tl.store(flags + where, strong.to(tl.int32))
