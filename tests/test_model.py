@@ -157,7 +157,7 @@ def test_l2_term_changes_gradients_as_the_original_and_not_the_value() -> None:
     plain = lm_loss(model(batch), reduction="sample")
     logits = model.logits(batch)
     everywhere = lm_loss(model(batch, l2="all"), reduction="sample")
-    assert torch.equal(plain, everywhere)
+    torch.testing.assert_close(plain, everywhere, rtol=1e-14, atol=0)  # other row blocks, other sums
     theirs = torch.autograd.grad(
         L2Wrap.apply(plain, logits), list(model.rwkv.parameters()), retain_graph=True
     )
