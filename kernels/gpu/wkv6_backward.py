@@ -25,7 +25,7 @@ from .tiles import (
 from .wkv6_forward import bounded, decays, place, prefix, suffix
 
 
-@triton.jit(do_not_specialize=["T", "slots"])
+@triton.jit(do_not_specialize=["T", "H", "slots"])
 def backward(
     r, k, v, w, u, dy, dr, dk, dw, du, chunks, dchunks, flags, cu, lengths, table,
     T, H, slots,

@@ -68,7 +68,7 @@ def place(cu, lengths, table, T, slots, PACKED: tl.constexpr, HAS_LEN: tl.conste
     return b.to(tl.int64), first, n, c
 
 
-@triton.jit(do_not_specialize=["T", "slots"])
+@triton.jit(do_not_specialize=["T", "H", "slots"])
 def strong_scores(
     r, k, w, scores, flags, cu, lengths, table, T, H, slots,
     r_b, r_t, r_h, k_b, k_t, k_h, w_b, w_t, w_h,
@@ -129,7 +129,7 @@ def bounded(x):
     return tl.minimum(tl.maximum(x, -3.0e38), 3.0e38)
 
 
-@triton.jit(do_not_specialize=["T", "per_segment", "slots"])
+@triton.jit(do_not_specialize=["T", "H", "per_segment", "slots", "segments"])
 def walk(
     r, k, x, w, u, y, state, final, chunks, scores, flags, carry, cu, lengths, table,
     T, H, per_segment, slots, segments,
@@ -224,7 +224,7 @@ def walk(
         tl.store(final + own, s)
 
 
-@triton.jit(do_not_specialize=["T", "per_segment"])
+@triton.jit(do_not_specialize=["T", "H", "per_segment", "segments"])
 def local(
     a, x, w, carry, fades, cu, lengths, table,
     T, H, per_segment, segments,
@@ -278,15 +278,15 @@ def local(
     tl.store(fades + where * N + tl.arange(0, N), all_of_it)
 
 
-@triton.jit(do_not_specialize=["T", "per_segment"])
+@triton.jit(do_not_specialize=["T", "H", "per_segment", "segments"])
 def combine(
     carry, fades, start, cu, lengths, firsts, T, H, per_segment, segments,
     N: tl.constexpr, ROWS: tl.constexpr, L: tl.constexpr, PACKED: tl.constexpr, HAS_LEN: tl.constexpr,
     HAS_START: tl.constexpr, REVERSE: tl.constexpr,
 ):  # fmt: skip
-    """Turns the segments' own states into the state each one starts from, in place, one segment after another.
+    """Turns the segments' own states into the state each one starts from, in place, one after another.
 
-    start: public state [K][V] the walk begins with (REVERSE: the final state's gradient, from the last segment).
+    start: public state [K][V] the walk begins with (REVERSE: the final state's gradient, at the last one).
     """
     head = tl.program_id(0)
     seq = tl.program_id(1)

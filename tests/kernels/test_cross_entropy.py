@@ -201,6 +201,8 @@ def test_triton_kernel_in_the_interpreter() -> None:
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 6e-3)])
 def test_triton_on_the_gpu(dtype: torch.dtype, bound: float, l2: bool) -> None:
     args = inputs(300, 64, 1003, dtype=dtype, device="cuda")
+    if l2 and dtype == torch.bfloat16:
+        bound = 3e-2  # rounded logits tie for the largest, or another one becomes it, as in the original
     found = [results(args, l2=l2, upstream=0.5, rows=128, backend="triton") for _ in range(2)]
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)), "two runs differ"
     assert worst(found[0], exact(args, l2=l2, upstream=0.5)) < bound
