@@ -78,7 +78,7 @@ def _lerp_grad(g0, g1, g2, g3, x, before, shares, dx, dbefore, partial, rows, T,
             next_grad = tl.load(grads[i] + at + D, mask=later, other=0.0).to(tl.float32)
             own += grad + (next_grad - grad) * share[None, :]
             back += grad * share[None, :]
-            new = new + (sums[i] + grad * change,)  # type: ignore[assignment]  # noqa: RUF005
+            new = new + (sums[i] + grad * change,)  # type: ignore[assignment]
         sums = new
         tl.store(dx + at, own.to(dx.dtype.element_ty), mask=inside)
         if HAS_BEFORE:

@@ -102,7 +102,7 @@ def _mix6_low_grad(g0, g1, g2, g3, g4, x, before, w2, dlow, rows, T, D, R: tl.co
             grad = tl.load(grads[i] + at, mask=inside, other=0.0).to(tl.float32) * change
             right = tl.load(w2 + (i * R + r)[:, None] * D + col[None, :], mask=fits, other=0.0)  # [RP, DT]
             part = tl.dot(grad.to(right.dtype), tl.trans(right), sums[i], input_precision=EXACT)
-            new = new + (part,)  # type: ignore[assignment]  # noqa: RUF005
+            new = new + (part,)  # type: ignore[assignment]
         sums = new  # type: ignore[assignment]
     for i in tl.static_range(5):
         at = row.to(tl.int64)[:, None] * (5 * R) + i * R + r[None, :]

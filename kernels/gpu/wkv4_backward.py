@@ -8,7 +8,6 @@ No gradient passes through p itself (a choice of scale) but what a caller sends 
 which goes to the step that set it.
 """
 
-# mypy: ignore-errors
 import triton
 import triton.language as tl
 
@@ -44,10 +43,10 @@ def steps_back(
     p = mark_p - ref
     as_, bs, ps, lams, enters = (), (), (), (), ()
     for i in tl.static_range(C):
-        as_, bs, ps = as_ + (a,), bs + (b,), ps + (p,)  # noqa: RUF005
+        as_, bs, ps = as_ + (a,), bs + (b,), ps + (p,)  # type: ignore[assignment]
         k, v = ks[i].to(tl.float32), vs[i].to(tl.float32)
         a, b, p, lam, enter = advance(k, v, a, b, p, w, -ref, i, left, MASKED)
-        lams, enters = lams + (lam,), enters + (enter,)  # noqa: RUF005
+        lams, enters = lams + (lam,), enters + (enter,)  # type: ignore[assignment]
     scale = tl.exp2(p - (end_p - ref))  # two roundings of one exponent
     g0, g1 = g0 * scale, g1 * scale
     part_w, part_u = tl.zeros(dw.shape, tl.float32), tl.zeros(dw.shape, tl.float32)

@@ -12,7 +12,6 @@ cu_i // length + i, which leaves room for each sequence's last, shorter segment;
 Marks are the states (a, b, p base 2) every C rows of a sample, which the backward pass starts from.
 """
 
-# mypy: ignore-errors
 import triton
 import triton.language as tl
 
@@ -90,9 +89,9 @@ def load_rows(ptr, STRIDE: tl.constexpr, left, okay, ROWS: tl.constexpr, WHOLE: 
     rows = ()
     for i in tl.static_range(ROWS):
         if WHOLE:
-            rows = rows + (tl.load(ptr + i * STRIDE, mask=okay),)  # noqa: RUF005
+            rows = rows + (tl.load(ptr + i * STRIDE, mask=okay),)  # type: ignore[assignment]
         else:
-            rows = rows + (tl.load(ptr + i * STRIDE, mask=below(i, left, okay), other=0.0),)  # noqa: RUF005
+            rows = rows + (tl.load(ptr + i * STRIDE, mask=below(i, left, okay), other=0.0),)  # type: ignore[assignment]
     return rows
 
 
