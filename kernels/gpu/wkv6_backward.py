@@ -70,16 +70,13 @@ def backward(
     fade = tl.exp2(tl.sum(wt.to(tl.float32), 0) * LOG2E)[None, :]
     s = tl.load(chunks + state)  # [V, BK]
     ds = tl.load(dchunks + state)  # [V, BK]
-    # Gradient of the scores and its transpose: two exact products are cheaper than a transposition.
-    dscores = tl.where(i > j, mm_both(dyt, tl.trans(vt), SPLIT), 0.0)
-    dscores_t = tl.where(j > i, mm_both(vt, tl.trans(dyt), SPLIT), 0.0)
-    dkey = mm_left(vt, ds, SPLIT)
     if STRONG:
-        ds *= fade
         drt = mm_left(dyt, s, SPLIT) * tl.exp2(prefix(wt, row, i, j, BK, L, STATIC, SPLIT))
-        dkt = dkey * tl.exp2(suffix(wt, row, n, i, j, BK, L, STATIC, SPLIT))
+        dkt = mm_left(vt, ds, SPLIT) * tl.exp2(suffix(wt, row, n, i, j, BK, L, STATIC, SPLIT))
         dwt = over_time(j < i, kt * dkt, False, SPLIT) + over_time(j > i, rt * drt, False, SPLIT)
-        dwt += tl.sum(s * ds, 0)[None, :]
+        dwt += tl.sum(s * ds * fade, 0)[None, :]
+        dscores = tl.where(i > j, mm_both(dyt, tl.trans(vt), SPLIT), 0.0)
+        dscores_t = tl.where(j > i, mm_both(vt, tl.trans(dyt), SPLIT), 0.0)
         leaf = (i >> LEAF) == (j >> LEAF)
         after = over_time(leaf & (j > i), wt, wt.dtype == tl.bfloat16, SPLIT) * LOG2E
         ahead = -(after + wt.to(tl.float32) * LOG2E)
@@ -107,22 +104,29 @@ def backward(
             drt += tl.where(right, dx * weight, 0.0)
             dkt += tl.where(right, 0.0, dx * weight)
             dwt += over_time(level_sum(j, i, level), x * dx, False, SPLIT)
+        store_tile(dr + out + cut, row, n, y_t, drt + ddiagonal * kt * bonus, BK, L)
+        store_tile(dk + out + cut, row, n, y_t, dkt + ddiagonal * rt * bonus, BK, L)
     else:
+        # In this order few tiles live at once. The gradient of the scores is formed twice, once transposed:
+        # two exact products are cheaper than a transposition.
         after = suffix(wt, row, n, i, j, BK, L, STATIC, SPLIT)
         ahead = -(after + wt.to(tl.float32) * LOG2E)  # decay from each step on [L, BK]
         query = bounded(rt * tl.exp2(ahead))
+        key = kt * tl.exp2(after)
         s *= fade
         dquery = mm_left(dyt, s, SPLIT)
         dtotal = tl.sum(s * ds, 0) + tl.sum(query * dquery, 0)
-        key = kt * tl.exp2(after)
+        dscores = tl.where(i > j, mm_both(dyt, tl.trans(vt), SPLIT), 0.0)
         dquery += mm(dscores, key, SPLIT)
-        dkey += mm(dscores_t, query, SPLIT)
+        drt = dquery * tl.exp2(ahead) + ddiagonal * kt * bonus
+        store_tile(dr + out + cut, row, n, y_t, drt, BK, L)
         from_query = query * dquery
-        dwt = over_time(j < i, key * dkey - from_query, False, SPLIT) - from_query + dtotal[None, :]
-        drt = dquery * tl.exp2(ahead)
-        dkt = dkey * tl.exp2(after)
-    store_tile(dr + out + cut, row, n, y_t, drt + ddiagonal * kt * bonus, BK, L)
-    store_tile(dk + out + cut, row, n, y_t, dkt + ddiagonal * rt * bonus, BK, L)
+        dwt = dtotal[None, :] - from_query
+        dscores_t = tl.where(j > i, mm_both(vt, tl.trans(dyt), SPLIT), 0.0)
+        dkey = mm_left(vt, ds, SPLIT) + mm(dscores_t, query, SPLIT)
+        dkt = dkey * tl.exp2(after) + ddiagonal * rt * bonus
+        store_tile(dk + out + cut, row, n, y_t, dkt, BK, L)
+        dwt += over_time(j < i, key * dkey - from_query, False, SPLIT)
     if STATIC:
         live = (row + tl.arange(0, L) < n)[:, None]
         tl.store(dw + part, tl.sum(tl.where(live, dwt, 0.0), 0))

@@ -55,8 +55,9 @@ targets = pytest.mark.parametrize(
 
 def close(found: Tensor, wanted: Tensor, near: float) -> None:
     """Relative Frobenius error at most `near`, or what rounding the exact few numbers costs, a tenth more."""
+    assert found.shape == wanted.shape
     size = wanted.norm().clamp(min=1e-30)
-    error = (found.double() - wanted).norm() / size
+    error = (found.cpu().double() - wanted).norm() / size
     rounding = (wanted.to(found.dtype).double() - wanted).norm() / size
     assert float(error) <= max(near, 1.1 * float(rounding)), float(error)
 
