@@ -143,14 +143,16 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        device = ctx.saved_tensors[0].device.type
-        with torch.autocast(device, enabled=False):  # a backward pass called inside autocast would round
-            return _Chunked.gradients(ctx, dy, dlast)
+        saved = ctx.saved_tensors  # once: activation checkpointing gives them away as they are read
+        with torch.autocast(saved[0].device.type, enabled=False):  # called inside autocast, it would round
+            return _Chunked.gradients(ctx, saved, dy, dlast)
 
     @staticmethod
-    def gradients(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
-        """The gradient of each input, in order."""
-        r, k, v, u, starts, *saved = ctx.saved_tensors
+    def gradients(
+        ctx: Any, kept: tuple[Tensor, ...], dy: Tensor | None, dlast: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """The gradient of each input, in order; kept: what `forward` saved."""
+        r, k, v, u, starts, *saved = kept
         time, n_levels, decay_batch, has_state = ctx.sizes
         tree = _unflat(saved, n_levels)
         dy = torch.zeros_like(v) if dy is None else _split(dy, v.shape[3])

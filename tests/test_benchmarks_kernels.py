@@ -113,9 +113,8 @@ def test_targets_fail_when_missed() -> None:
 
 
 def test_a_tiny_whole_model_run_counts_flop_and_tokens(tmp_path: Path) -> None:
-    with kernels.use("reference"):
-        arguments = "--device cpu --tiny --no-fla --scans --batches 2 --rounds 2 --out"
-        whole_model.main([*arguments.split(), str(tmp_path)])
+    arguments = "--device cpu --tiny --no-fla --scans --batches 2 --rounds 2 --out"
+    whole_model.main([*arguments.split(), str(tmp_path)])
     rows = json.loads((tmp_path / "whole_model.json").read_text())["rows"]
     assert [row["recompute"] for row in rows] == [False, True, False, False, False]
     assert [row["how"] for row in rows[2:]] == ["eager, scan uni", "eager, scan bi", "eager, scan 2d"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from tests.helpers import component, randomise
@@ -54,6 +56,23 @@ def test_state_is_each_samples_own_end(name: str) -> None:
             for mine, theirs in zip(together, alone, strict=True):
                 for a, b in zip((*mine[0], mine[1]), (*theirs[0], theirs[1]), strict=True):
                     torch.testing.assert_close(a[i], b[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_a_block_can_be_computed_again_in_the_backward_pass(name: str, backend: str) -> None:
+    """Activation checkpointing, the form that gives every saved tensor out once."""
+    block = language_model(name).blocks[1]
+    x, late = (torch.randn(2, 21, 32, requires_grad=True) for _ in range(2))
+    index, lengths = torch.randperm(42), torch.tensor([21, 9])
+    found = []
+    with kernels.use(backend):
+        for again in (False, True):
+            whole = partial(checkpoint, block, use_reentrant=False) if again else block
+            y, more, (time_state, _), _ = whole(x, late, None, None, lengths, index)
+            loss = (y * more).sum() + time_state[1].sum()
+            found.append(torch.autograd.grad(loss, [x, late, *block.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("name", RECURRENCES)

@@ -227,9 +227,9 @@ def _keep(ctx: Any, inputs: Any, output: Any) -> None:
 
 
 def _gradients(ctx: Any, run: Function, grads: list[Tensor]) -> tuple[Any, ...]:
-    before = ctx.saved_tensors[1]
-    dx, dbefore, *rest = run(grads, *ctx.saved_tensors)
-    return (dx, None if before is None else dbefore, *rest, None)
+    saved = ctx.saved_tensors  # once: activation checkpointing gives them away as they are read
+    dx, dbefore, *rest = run(grads, *saved)
+    return (dx, None if saved[1] is None else dbefore, *rest, None)
 
 
 _call = operator(

@@ -5,8 +5,11 @@ By hand: TRITON_INTERPRET=1 python -m pytest tests/kernels/interpreted_layers.py
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 from kernels.dispatch import use
@@ -54,17 +57,20 @@ def test_many_programs_share_a_sum(name: str, monkeypatch: pytest.MonkeyPatch) -
     layer_cases.assert_same_bits(found, layer_cases.run(layer, "triton", torch.float32))
 
 
-def test_a_block_compiles_without_a_graph_break() -> None:
+def test_a_block_compiles_without_a_graph_break_and_can_be_computed_again() -> None:
+    """Computed again in the backward pass: activation checkpointing, which gives a saved tensor out once."""
     register.discover()
     torch.manual_seed(0)
     block = Block(register.bind("recurrence", {"name": "rwkv6", "d_ffn": 32})(32, 2), 1, 32)
     x, late = torch.randn(2, 5, 32), torch.randn(2, 5, 32, requires_grad=True)
     index = torch.randperm(10)
+    compiled = torch.compile(block, backend="aot_eager", fullgraph=True)
     found = []
     with use("triton"):
-        for run in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        for run in (block, compiled, partial(checkpoint, block, use_reentrant=False)):
             y, more, _, _ = run(x, late, None, None, None, index)
             gradients = torch.autograd.grad((y * more).sum(), [late, *block.parameters()])
             found.append([y, more, *gradients])
-    for one, two in zip(*found, strict=True):
+    for one, two, three in zip(*found, strict=True):
         torch.testing.assert_close(one, two)
+        assert torch.equal(one, three)
