@@ -34,13 +34,25 @@ from .dispatch import (
     chosen,
     function,
     interpreted,
+    note,
     register,
     reset_chosen,
     set_backend,
     use,
 )
 
-__all__ = ["backends", "chosen", "debug", "reset_chosen", "set_backend", "use", "wkv4", "wkv5", "wkv6"]
+__all__ = [
+    "backends",
+    "chosen",
+    "debug",
+    "note",
+    "reset_chosen",
+    "set_backend",
+    "use",
+    "wkv4",
+    "wkv5",
+    "wkv6",
+]
 
 _HEAD_SIZES = (16, 32, 64, 128)
 

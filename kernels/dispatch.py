@@ -119,7 +119,7 @@ def _automatic(written: dict[str, Kernel | str], device: torch.device, unfit: st
 
 
 def _record(op: str, asked: str, name: str, device: str, why: str) -> None:
-    _ran.setdefault(op, set()).add(f"{name} (not triton: {why})" if why else name)
+    note(op, f"{name} (not triton: {why})" if why else name)
     if (entry := (op, asked, name, why)) in _logged:
         return
     _logged.add(entry)
@@ -127,6 +127,11 @@ def _record(op: str, asked: str, name: str, device: str, why: str) -> None:
     # A fallback is slower than what was paid for: a warning, not a note.
     level = logging.WARNING if why else logging.INFO
     _LOG.log(level, "%s runs on backend %s (asked: %s, device: %s%s)", op, name, asked, device, reason)
+
+
+def note(op: str, what: str) -> None:
+    """Adds to what `chosen` tells: for what runs in a way of its own beside the operators."""
+    _ran.setdefault(op, set()).add(what)
 
 
 def function(op: str, backend: str) -> Kernel:
@@ -181,7 +186,7 @@ def _refusal(name: str, why: str) -> str:
 
 
 def chosen() -> dict[str, str]:
-    """Operator -> backend that ran since the last `reset_chosen`; several are joined by commas.
+    """Operator -> backend that ran (or what was noted) since `reset_chosen`; several are joined by commas.
 
     Where `auto` had to fall back, the reason stands behind the name: "torch (not triton: ...)".
     """

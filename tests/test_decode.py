@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import kernels
 from tests.helpers import component, make_batch, randomise, small_model
 from toolkit import generate, register
 from toolkit.contracts import Recurrence
@@ -170,6 +171,14 @@ def test_autocast_multiplies_in_its_type_and_reads_the_weights_anew(name: str) -
     assert decoder is not None and not decoder.fits(model, state)  # outside, the precision is another one
 
 
+def test_how_it_ran_is_recorded_for_a_kept_decoder_too() -> None:
+    model = small_model()
+    for _ in range(2):
+        kernels.reset_chosen()
+        greedy(model, make_batch(model, TEXTS), max_new_tokens=2, end_id=-1)
+        assert kernels.chosen()["decode"] == "eager: on the CPU"
+
+
 def test_a_decoder_is_kept_for_the_next_batch_of_its_size() -> None:
     model = small_model().double()
     four = make_batch(model, TEXTS, dtype=torch.float64)
@@ -262,5 +271,6 @@ def test_answers_on_the_gpu_equal_the_cpu() -> None:
     batch = make_batch(model, TEXTS)
     wanted = greedy(model, batch, max_new_tokens=20, end_id=-1)
     model.cuda()
+    kernels.reset_chosen()
     assert greedy(model, to_device(batch, torch.device("cuda")), max_new_tokens=20, end_id=-1) == wanted
-    assert generate._DECODERS[model].mode == "graph"
+    assert kernels.chosen()["decode"] == "graph"

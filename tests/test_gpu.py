@@ -139,3 +139,4 @@ def test_a_whole_run_on_the_gpu(tmp_path: Path) -> None:
     (result,) = (tmp_path / "runs").glob("*/result.json")
     told = json.loads(result.read_text())
     assert told["device"] == "cuda" and told["kernels"]["wkv6"] == "triton"
+    assert told["kernels"]["decode"] == "graph"

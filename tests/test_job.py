@@ -45,14 +45,18 @@ def read(path: Path) -> Any:
 
 
 def test_a_run_writes_what_it_promises(tmp_path: Path, cache: Path) -> None:
-    assert launch(tmp_path, cache) == 0
+    assert launch(tmp_path, cache, "hardware.device=cpu") == 0
     folder = only(tmp_path / "runs")
     assert folder.name.startswith("rwkv6-2d-sandwich-s0-")
     result = read(folder / "result.json")
     for key in ("accuracy", "n", "majority", "blind", "seconds", "recipe", "seed", "versions", "by_kind"):
         assert key in result, key
     assert result["recipe"] == "quickstart" and result["n"] == 20 and result["steps"] == 3
-    assert 0 <= result["blind"] <= 1 and result["kernels"]["wkv6"] == "torch"
+    assert 0 <= result["blind"] <= 1 and result["device"] == "cpu"
+    ran = dict(result["kernels"])  # every operator of training and of decoding
+    assert ran.pop("decode") == "eager: on the CPU"
+    assert set(ran) >= {"wkv6", "mix6", "head_norm", "linear_cross_entropy", "wkv6_step"}
+    assert set(ran.values()) == {"torch"}
     assert result["learning"] == ["encoder", "proj", "rwkv"]
     status = read(folder / "status.json")
     assert status["state"] == "done" and status["versions"]["torch"] == torch.__version__.split("+")[0]

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import kernels
 from kernels.step import Late, overlapped
 from toolkit.trunk import Block, LanguageModel, LayerState, State
 
@@ -103,7 +104,8 @@ class Decoder:
     """Greedy decoding of one batch size from fixed buffers.
 
     token: [B], the next ids to be read, which each step replaces by the most likely ones; logits [B, V] of
-    the last step; state: per layer, updated in place. `mode` says what runs: "graph", or "eager" and why.
+    the last step; state: per layer, updated in place. `mode` says what runs, "graph", or "eager" and why;
+    `kernels.chosen` tells it as "decode".
     """
 
     @torch.inference_mode()
@@ -143,6 +145,7 @@ class Decoder:
     @torch.inference_mode()
     def load(self, token: Tensor, state: State) -> None:
         """Begins after a prefill: its state, and the first token [B] chosen. Reads the weights anew."""
+        kernels.note("decode", self.mode)
         if self._cast:
             weights = dict(self._model.named_parameters())
             torch._foreach_copy_(list(self._cast.values()), [weights[name] for name in self._cast])
