@@ -6,9 +6,12 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from tests.helpers import small_model
-from toolkit.lit import parameter_groups, rate_factor
+from tests.helpers import make_batch, small_model
+from toolkit.contracts import Batch, ImageFeatures
+from toolkit.lit import parameter_groups, rate_factor, to_device
 from toolkit.schema import HardwareConf, StageConf
 from toolkit.train import device_of, micro_batch, refuse_several_processes, stage_steps
 
@@ -67,3 +70,54 @@ def test_a_launcher_with_several_processes_is_refused(monkeypatch: pytest.Monkey
         refuse_several_processes()
     monkeypatch.setenv("WORLD_SIZE", "1")
     refuse_several_processes()
+
+
+def full_batch() -> Batch:
+    """Every field set; pixels nested as an encoder of several towers makes them."""
+    batch = make_batch(small_model(), [(3, 5, 2), (-1, 4, 3)])
+    batch.pixels = (batch.pixels, (batch.pixels + 1, batch.pixels + 2))
+    batch.features = ImageFeatures(torch.randn(1, 6, 4), torch.randn(1, 1, 4), (2, 3))
+    batch.answers, batch.images = torch.arange(5), torch.arange(7)
+    return batch
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    first, (second, third) = batch.pixels
+    assert batch.features is not None and batch.answers is not None and batch.images is not None
+    rows = [batch.answers, batch.images, batch.features.patches, batch.features.extra, first, second, third]
+    return [batch.ids, batch.labels, batch.lengths, batch.image_start, batch.weight, *rows]
+
+
+def test_a_batch_is_changed_tensor_by_tensor() -> None:
+    batch = full_batch()
+    found = batch.mapped(lambda tensor: tensor + 1)
+    assert all(torch.equal(a, b + 1) for a, b in zip(tensors(found), tensors(batch), strict=True))
+    assert found.keys == batch.keys and found.features is not None and found.features.grid == (2, 3)
+    bare = make_batch(small_model(), [(-1, 4, 3)]).mapped(lambda tensor: tensor)
+    assert bare.pixels is None and bare.features is None and bare.answers is None
+
+
+def test_every_tensor_is_pinned_and_moved_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    pinned = torch.Tensor.clone
+    asked: list[bool] = []
+    to = torch.Tensor.to
+
+    def watched(tensor: Tensor, *where: object, non_blocking: bool = False) -> Tensor:
+        asked.append(non_blocking)
+        return to(tensor, *where)
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pinned)
+    batch = full_batch()
+    found = batch.pin_memory()
+    assert all(torch.equal(a, b) and a is not b for a, b in zip(tensors(found), tensors(batch), strict=True))
+    monkeypatch.setattr(torch.Tensor, "to", watched)
+    moved = tensors(to_device(found, torch.device("meta")))
+    assert all(t.is_meta for t in moved) and asked == [True] * len(moved)
+
+
+@pytest.mark.gpu
+def test_a_loader_pins_batches() -> None:
+    (found,) = DataLoader([full_batch()], batch_size=None, pin_memory=True)
+    assert isinstance(found, Batch) and all(t.is_pinned() for t in tensors(found))
+    moved = tensors(to_device(found, torch.device("cuda")))
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(moved[7:], tensors(found)[7:], strict=True))

@@ -95,6 +95,24 @@ class Batch:
     answers: Tensor | None = None
     images: Tensor | None = None
 
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        """The batch with `change` applied to each of its tensors."""
+        values = {name: value for name, value in vars(self).items() if name != "keys"}
+        return Batch(**{name: mapped(value, change) for name, value in values.items()}, keys=self.keys)
+
+    def pin_memory(self) -> Batch:
+        """The batch in page-locked memory, read by a GPU while the CPU goes on; DataLoader asks for it."""
+        return self.mapped(lambda tensor: tensor.pin_memory())
+
+
+def mapped(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A tensor, image features or nested tuples of tensors, each tensor changed; None stays None."""
+    if isinstance(value, tuple):
+        return tuple(mapped(part, change) for part in value)
+    if isinstance(value, ImageFeatures):
+        return ImageFeatures(change(value.patches), change(value.extra), value.grid)
+    return value if value is None else change(value)
+
 
 class Encoder(Protocol):
     """Pixels to image features. Registered with `register.encoder`; wired: nothing."""

@@ -16,9 +16,8 @@ from data.features import FeatureTable, build_features, estimate_bytes
 from data.reader import ShardReader
 from data.tokens import CompactTokenizer, Tokenizer, WorldTokenizer
 from toolkit import register
-from toolkit.contracts import ImageFeatures, Prompt, Text
+from toolkit.contracts import ImageFeatures, Prompt, Text, mapped
 from toolkit.explain import closest
-from toolkit.lit import move
 from toolkit.model import VisualRWKV
 from toolkit.progress import Ticker
 from toolkit.schema import RunConf
@@ -65,7 +64,7 @@ class Corpus:
         transform, identity = model.encoder.transform(), encoder_id(model, self.conf.encoder)
 
         def encode(pixels: Any) -> ImageFeatures:
-            return model.encode(move(pixels, device))
+            return model.encode(mapped(pixels, lambda tensor: tensor.to(device)))
 
         return {
             split: build_features(

@@ -150,6 +150,7 @@ def train(
             end_step=steps,
             micro=micro_batch(stage, conf.hardware, name=name),
             workers=conf.hardware.workers,
+            pin_memory=device_of(conf.hardware).type == "cuda",
         )
         fit_stage(
             model, loader, name=name, conf=conf, steps=steps, first_step=total, logger=logger, folder=run.path
@@ -199,7 +200,13 @@ def evaluate(
     """Predictions on the evaluation split."""
     model.to(device)
     dataset = examples(conf, corpus, conf.eval.split, model, features, prompt=corpus.prompt, answer=False)
-    loader = eval_loader(dataset, batch=conf.eval.batch, limit=conf.eval.limit, workers=conf.hardware.workers)
+    loader = eval_loader(
+        dataset,
+        batch=conf.eval.batch,
+        limit=conf.eval.limit,
+        workers=conf.hardware.workers,
+        pin_memory=device.type == "cuda",
+    )
     return answer_all(
         model,
         loader,

@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
-from toolkit.contracts import Batch, ImageFeatures
+from toolkit.contracts import Batch
 from toolkit.loss import lm_loss
 from toolkit.model import VisualRWKV, answer_rows, asked_for, image_rows
 from toolkit.schema import LossConf, StageConf
@@ -89,16 +89,4 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with its tensors on `device`; what depends on their values is looked up before."""
     if batch.labels.device.type == "cpu" and device.type != "cpu":
         batch = replace(batch, answers=answer_rows(asked_for(batch)), images=image_rows(batch))
-    features = batch.features
-    if features is not None:
-        features = ImageFeatures(move(features.patches, device), move(features.extra, device), features.grid)
-    names = ("ids", "labels", "lengths", "image_start", "weight", "pixels", "answers", "images")
-    moved = {name: move(getattr(batch, name), device) for name in names}
-    return replace(batch, **moved, features=features)
-
-
-def move(value: Any, device: torch.device) -> Any:
-    """A tensor or nested tuples of tensors on `device`; None stays None."""
-    if isinstance(value, tuple):
-        return tuple(move(v, device) for v in value)
-    return value if value is None else value.to(device, non_blocking=True)
+    return batch.mapped(lambda tensor: tensor.to(device, non_blocking=True))
