@@ -163,19 +163,26 @@ def _norm_shift_kernel(
 
 
 @triton.jit
-def _share(
-    low, weight, mixes, out, now, delta, at, rows, d, inside, alive, M: tl.constexpr,
-    width, rank, RANK: tl.constexpr,
-):  # fmt: skip
+def _weights(weight, mixes, M: tl.constexpr, width, rank, d, RANK: tl.constexpr):
+    """The low-rank map and the fixed part of mix M for the channels d: [RANK, BLOCK], [1, BLOCK]."""
     j = tl.arange(0, RANK)
-    spot = low + rows[:, None] * (5 * rank) + M * rank + j[None, :]
-    l = tl.load(spot, mask=alive[:, None] & (j < rank)[None, :], other=0).to(tl.float32)  # noqa: E741
-    l = 2 * tl.sigmoid(2 * l) - 1  # tanh  # noqa: E741
     spot = weight + (M * rank + j)[:, None] * width + d[None, :]
     w = tl.load(spot, mask=(j < rank)[:, None] & (d < width)[None, :], other=0)
-    share = tl.dot(l.to(w.dtype), w, input_precision="ieee")
-    share += tl.load(mixes + d, mask=d < width, other=0).to(tl.float32)[None, :]
-    tl.store(out + at, (now + delta * share).to(out.dtype.element_ty), mask=inside)
+    return w, tl.load(mixes + d, mask=d < width, other=0).to(tl.float32)[None, :]
+
+
+@triton.jit
+def _low(low, M: tl.constexpr, rank, rows, alive, RANK: tl.constexpr):
+    """tanh of the low-rank values of mix M, [ROWS, RANK]."""
+    j = tl.arange(0, RANK)
+    spot = low + rows[:, None] * (5 * rank) + M * rank + j[None, :]
+    x = tl.load(spot, mask=alive[:, None] & (j < rank)[None, :], other=0).to(tl.float32)
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def _mixed(l, w, fixed, now, delta):  # noqa: E741
+    return now + delta * (tl.dot(l.to(w.dtype), w, input_precision="ieee") + fixed)
 
 
 @triton.jit
@@ -183,23 +190,35 @@ def _ddlerp_kernel(
     x, previous, low, weight, m0, m1, m2, m3, m4, out, batch, width, rank, step,
     RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    # All loads come before the first store: a store that might alias would make them wait for each other.
     rows = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     d = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     alive = rows < batch
     inside = alive[:, None] & (d < width)[None, :]
     at = rows[:, None] * width + d[None, :]
+    w0, f0 = _weights(weight, m0, 0, width, rank, d, RANK)
+    w1, f1 = _weights(weight, m1, 1, width, rank, d, RANK)
+    w2, f2 = _weights(weight, m2, 2, width, rank, d, RANK)
+    w3, f3 = _weights(weight, m3, 3, width, rank, d, RANK)
+    w4, f4 = _weights(weight, m4, 4, width, rank, d, RANK)
     if EARLY:
         nv.gdc_wait()
         nv.gdc_launch_dependents()
     kept = tl.load(x + at, mask=inside, other=0)
     now = kept.to(tl.float32)
     delta = tl.load(previous + at, mask=inside, other=0).to(tl.float32) - now
+    l0 = _low(low, 0, rank, rows, alive, RANK)
+    l1 = _low(low, 1, rank, rows, alive, RANK)
+    l2 = _low(low, 2, rank, rows, alive, RANK)
+    l3 = _low(low, 3, rank, rows, alive, RANK)
+    l4 = _low(low, 4, rank, rows, alive, RANK)
+    kind: tl.constexpr = out.dtype.element_ty
+    tl.store(out + at, _mixed(l0, w0, f0, now, delta).to(kind), mask=inside)
+    tl.store(out + step + at, _mixed(l1, w1, f1, now, delta).to(kind), mask=inside)
+    tl.store(out + 2 * step + at, _mixed(l2, w2, f2, now, delta).to(kind), mask=inside)
+    tl.store(out + 3 * step + at, _mixed(l3, w3, f3, now, delta).to(kind), mask=inside)
+    tl.store(out + 4 * step + at, _mixed(l4, w4, f4, now, delta).to(kind), mask=inside)
     tl.store(previous + at, kept.to(previous.dtype.element_ty), mask=inside)
-    _share(low, weight, m0, out, now, delta, at, rows, d, inside, alive, 0, width, rank, RANK)
-    _share(low, weight, m1, out + step, now, delta, at, rows, d, inside, alive, 1, width, rank, RANK)
-    _share(low, weight, m2, out + 2 * step, now, delta, at, rows, d, inside, alive, 2, width, rank, RANK)
-    _share(low, weight, m3, out + 3 * step, now, delta, at, rows, d, inside, alive, 3, width, rank, RANK)
-    _share(low, weight, m4, out + 4 * step, now, delta, at, rows, d, inside, alive, 4, width, rank, RANK)
 
 
 early = False
