@@ -14,6 +14,8 @@ Outputs at padded positions are zero, and what the padding holds, NaN included, 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -56,16 +58,10 @@ __all__ = [
 
 _HEAD_SIZES = (16, 32, 64, 128)
 
-register("wkv4", "reference", reference.wkv4)
-register("wkv5", "reference", reference.wkv5)
-register("wkv6", "reference", reference.wkv6)
-register("wkv4", "torch", scan.wkv4)
-register("wkv5", "torch", chunked.wkv5)
-register("wkv6", "torch", chunked.wkv6)
 # By place: Triton does not exist everywhere, and TRITON_INTERPRET must be set before it is imported.
-register("wkv4", "triton", "kernels.gpu.wkv4:wkv4")
-register("wkv5", "triton", "kernels.gpu.wkv6:wkv5")
-register("wkv6", "triton", "kernels.gpu.wkv6:wkv6")
+register("wkv4", reference=reference.wkv4, torch=scan.wkv4, triton="kernels.gpu.wkv4:wkv4")
+register("wkv5", reference=reference.wkv5, torch=chunked.wkv5, triton="kernels.gpu.wkv6:wkv5")
+register("wkv6", reference=reference.wkv6, torch=chunked.wkv6, triton="kernels.gpu.wkv6:wkv6")
 
 
 def wkv4(
@@ -87,8 +83,9 @@ def wkv4(
     """
     check_sequence("wkv4", ("k", "v"), (k, v), "BTD")
     width = k.shape[2]
-    _check_rest("wkv4", k, log_w, u, (width,), "D", state, (3, width), "3, D", lengths, cu_seqlens)
-    return _run("wkv4", (k, v), log_w, u, state, lengths, cu_seqlens, backend)
+    check_weight("wkv4", "log_w", log_w, (width,), "D", k)
+    arguments = _Arguments((k, v), log_w, u, state, lengths, cu_seqlens)
+    return _run("wkv4", arguments, (width,), "D", (3, width), "3, D", backend)
 
 
 def wkv5(
@@ -110,9 +107,9 @@ def wkv5(
     """
     check_sequence("wkv5", ("r", "k", "v"), (r, k, v), "BTHN")
     heads, size = r.shape[2:]
-    square = (heads, size, size)
-    _check_rest("wkv5", r, log_w, u, (heads, size), "H, N", state, square, "H, N, N", lengths, cu_seqlens)
-    return _run("wkv5", (r, k, v), log_w, u, state, lengths, cu_seqlens, backend)
+    check_weight("wkv5", "log_w", log_w, (heads, size), "H, N", r)
+    arguments = _Arguments((r, k, v), log_w, u, state, lengths, cu_seqlens)
+    return _run("wkv5", arguments, (heads, size), "H, N", (heads, size, size), "H, N, N", backend)
 
 
 def wkv6(
@@ -131,56 +128,50 @@ def wkv6(
     check_sequence("wkv6", ("r", "k", "v"), (r, k, v), "BTHN")
     heads, size = r.shape[2:]
     check_weight("wkv6", "log_w", log_w, r.shape, "B, T, H, N", r)
-    square = (heads, size, size)
-    _check_rest("wkv6", r, None, u, (heads, size), "H, N", state, square, "H, N, N", lengths, cu_seqlens)
-    return _run("wkv6", (r, k, v), log_w, u, state, lengths, cu_seqlens, backend)
+    arguments = _Arguments((r, k, v), log_w, u, state, lengths, cu_seqlens)
+    return _run("wkv6", arguments, (heads, size), "H, N", (heads, size, size), "H, N, N", backend)
 
 
-def _check_rest(
-    op: str,
-    x: Tensor,
-    log_w: Tensor | None,
-    u: Tensor,
-    weight: tuple[int, ...],
-    weight_axes: str,
-    state: Tensor | None,
-    square: tuple[int, ...],
-    state_axes: str,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> None:
-    """Checks what all operators have: per-channel weights, lengths or borders, and the state."""
-    if log_w is not None:
-        check_weight(op, "log_w", log_w, weight, weight_axes, x)
-    check_weight(op, "u", u, weight, weight_axes, x)
-    samples, letter = x.shape[0], "B"
-    if cu_seqlens is not None:
-        check_cu_seqlens(op, cu_seqlens, lengths, x)
-        samples, letter = cu_seqlens.shape[0] - 1, "S"
-    check_lengths(op, lengths, x)
-    check_state(op, state, (samples, *square), f"{letter}, {state_axes}", x)
+class _Arguments(NamedTuple):
+    """What every backend is given."""
+
+    sequences: tuple[Tensor, ...]
+    log_w: Tensor
+    u: Tensor
+    state: Tensor | None
+    lengths: Tensor | None
+    cu_seqlens: Tensor | None
 
 
 def _run(
     op: str,
-    sequences: tuple[Tensor, ...],
-    log_w: Tensor,
-    u: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
+    given: _Arguments,
+    weight: tuple[int, ...],
+    weight_axes: str,
+    state: tuple[int, ...],
+    state_axes: str,
     backend: str | None,
 ) -> tuple[Tensor, Tensor]:
-    """Runs the picked backend outside autocast."""
-    device = sequences[0].device
-    check_log_w(op, log_w, lengths)
-    name = choose(op, backend, device, _unfit(op, sequences, log_w))
+    """Checks what all operators have and runs the picked backend outside autocast.
+
+    weight: the shape of u; state: that of one sample's state.
+    """
+    x = given.sequences[0]
+    check_weight(op, "u", given.u, weight, weight_axes, x)
+    samples, letter = x.shape[0], "B"
+    if given.cu_seqlens is not None:
+        check_cu_seqlens(op, given.cu_seqlens, given.lengths, x)
+        samples, letter = given.cu_seqlens.shape[0] - 1, "S"
+    check_lengths(op, given.lengths, x)
+    check_state(op, given.state, (samples, *state), f"{letter}, {state_axes}", x)
+    check_log_w(op, given.log_w, given.lengths)
+    name = choose(op, backend, x.device, _unfit(op, given.sequences, given.log_w))
     kernel = function(op, name)
-    form = _native if name == "triton" else _cast if cu_seqlens is None else _unpacked
-    if torch.is_autocast_enabled(device.type):
-        with torch.autocast(device.type, enabled=False):
-            return form(kernel, sequences, log_w, u, state, lengths, cu_seqlens)
-    return form(kernel, sequences, log_w, u, state, lengths, cu_seqlens)
+    form = _native if name == "triton" else _cast if given.cu_seqlens is None else _unpacked
+    if torch.is_autocast_enabled(x.device.type):
+        with torch.autocast(x.device.type, enabled=False):
+            return form(kernel, given)
+    return form(kernel, given)
 
 
 def _unfit(op: str, sequences: tuple[Tensor, ...], log_w: Tensor) -> str:
@@ -205,49 +196,28 @@ def _strided(names: tuple[str, ...], tensors: tuple[Tensor, ...]) -> str:
     return ""
 
 
-def _native(
-    kernel: Kernel,
-    sequences: tuple[Tensor, ...],
-    log_w: Tensor,
-    u: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _native(kernel: Kernel, given: _Arguments) -> tuple[Tensor, Tensor]:
     """Triton: every tensor as it is, nothing is read on the host."""
+    sequences, log_w, u, state, *ragged = given
     state = None if state is None else state.float()
-    y, state = kernel(*sequences, log_w, u, state, lengths, cu_seqlens)
+    y, state = kernel(*sequences, log_w, u, state, *ragged)
     return y, state
 
 
-def _unpacked(
-    kernel: Kernel,
-    sequences: tuple[Tensor, ...],
-    log_w: Tensor,
-    u: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _unpacked(kernel: Kernel, given: _Arguments) -> tuple[Tensor, Tensor]:
     """Packed sequences as a padded batch through `_cast`, and the output packed again."""
+    sequences, log_w, u, state, _, cu_seqlens = given
     assert cu_seqlens is not None
     plan = packing.layout(cu_seqlens, sequences[0].shape[1])
     batch = tuple(packing.unpack(x, plan) for x in sequences)
     decay = packing.unpack(log_w, plan) if log_w.dim() == 4 else log_w
-    y, state = _cast(kernel, batch, decay, u, state, plan.lengths, None)
+    y, state = _cast(kernel, _Arguments(batch, decay, u, state, plan.lengths, None))
     return packing.pack(y, plan), state
 
 
-def _cast(
-    kernel: Kernel,
-    sequences: tuple[Tensor, ...],
-    log_w: Tensor,
-    u: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-) -> tuple[Tensor, Tensor]:
+def _cast(kernel: Kernel, given: _Arguments) -> tuple[Tensor, Tensor]:
     """Padded batches in the computing type; the output goes back to the inputs' own."""
+    sequences, log_w, u, state, lengths, _ = given
     x = sequences[0]
     kind = torch.float64 if x.dtype == torch.float64 else torch.float32
     state = None if state is None else state.to(kind)

@@ -184,20 +184,4 @@ def _loss_and_gradient(
     return loss, g.to(logits.dtype)
 
 
-def in_blocks(
-    h: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    row_weights: Tensor,
-    penalty: Tensor | None,
-    compute: torch.dtype,
-    needs: tuple[bool, bool],
-    rows: int,
-) -> Tensor:
-    """The `torch` backend."""
-    return _Blocks.apply(h, weight, targets, row_weights, penalty, compute, needs, rows)
-
-
-register(_OP, "reference", plain)
-register(_OP, "torch", in_blocks)
-register(_OP, "triton", "kernels.gpu.cross_entropy:linear_cross_entropy")
+register(_OP, reference=plain, torch=_Blocks.apply, triton="kernels.gpu.cross_entropy:linear_cross_entropy")

@@ -37,9 +37,9 @@ def _while_tracing(call: _Call) -> _Call:
     return torch.compiler.assume_constant_result(call)
 
 
-def register(op: str, backend: str, kernel: Kernel | str) -> None:
-    """Adds the `backend` of operator `op`: a function, or "module:function", loaded when first picked."""
-    _TABLE.setdefault(op, {})[backend] = kernel
+def register(op: str, **written: Kernel | str) -> None:
+    """Adds backends of operator `op` by name: a function, or "module:function", loaded when first picked."""
+    _TABLE.setdefault(op, {}).update(written)
 
 
 def backends() -> dict[str, str]:

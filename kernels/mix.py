@@ -137,10 +137,5 @@ def _mix6(
     return [torch.addcmul(now, change, m + s).to(dtype) for m, s in zip(wide(maa), shares, strict=True)]
 
 
-for _name, _plain, _fused in (
-    ("lerp", _lerp, "kernels.gpu.lerp:lerp"),
-    ("mix6", _mix6, "kernels.gpu.mix:mix6"),
-):
-    register(_name, "reference", _plain)
-    register(_name, "torch", _plain)
-    register(_name, "triton", _fused)
+register("lerp", reference=_lerp, torch=_lerp, triton="kernels.gpu.lerp:lerp")
+register("mix6", reference=_mix6, torch=_mix6, triton="kernels.gpu.mix:mix6")

@@ -115,10 +115,5 @@ def _add_norm(
     return kept, F.layer_norm(kept, kept.shape[-1:], weight, bias, eps)
 
 
-for _name, _plain, _fused in (
-    ("head_norm", _head_norm, "kernels.gpu.norm:head_norm"),
-    ("add_norm", _add_norm, "kernels.gpu.add_norm:add_norm"),
-):
-    register(_name, "reference", _plain)
-    register(_name, "torch", _plain)
-    register(_name, "triton", _fused)
+register("head_norm", reference=_head_norm, torch=_head_norm, triton="kernels.gpu.norm:head_norm")
+register("add_norm", reference=_add_norm, torch=_add_norm, triton="kernels.gpu.add_norm:add_norm")

@@ -57,6 +57,4 @@ for _name, _plain in (
     ("relu_squared", _relu_squared),
     ("sigmoid_gate", _sigmoid_gate),
 ):
-    register(_name, "reference", _plain)
-    register(_name, "torch", _plain)
-    register(_name, "triton", f"kernels.gpu.pointwise:{_name}")
+    register(_name, reference=_plain, torch=_plain, triton=f"kernels.gpu.pointwise:{_name}")

@@ -335,6 +335,4 @@ _PLAIN: dict[str, Callable[..., Any]] = {
 }
 for _op, _function in _PLAIN.items():
     # One step is its own definition: the reference is the same function.
-    register(_op, "reference", _function)
-    register(_op, "torch", _function)
-    register(_op, "triton", f"kernels.gpu.step:{_op}")
+    register(_op, reference=_function, torch=_function, triton=f"kernels.gpu.step:{_op}")

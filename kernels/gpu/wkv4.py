@@ -144,18 +144,9 @@ def _forward(
     return y, last, marks
 
 
-@_forward.register_fake
-def _(
-    k: Tensor,
-    v: Tensor,
-    log_w: Tensor,
-    u: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(k, _call(k, lengths, cu_seqlens), save)
+_forward.register_fake(
+    lambda k, v, log_w, u, state, lengths, cu_seqlens, save: _outputs(k, _call(k, lengths, cu_seqlens), save)
+)
 
 
 def _outputs(k: Tensor, call: _Call, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,21 +209,7 @@ def _backward(
     return gradients
 
 
-@_backward.register_fake
-def _(
-    dy: Tensor,
-    dlast: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    log_w: Tensor,
-    u: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    last: Tensor,
-    marks: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(k, log_w, u, state)
+_backward.register_fake(lambda dy, dlast, k, v, log_w, u, state, *_: _gradients(k, log_w, u, state))
 
 
 def _gradients(
