@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,15 +11,15 @@ import torch
 from torch import Tensor
 
 from .ops import Launch, operator
-from .wkv6_backward import backward
+from .wkv6_backward import backward, backward_strong
 from .wkv6_forward import combine, local, strong_scores, walk
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
 class Tiles(NamedTuple):
-    """Tuned on an H100 (docs/kernels.md): steps per chunk, value channels of a walk and key channels of a
-    backward program, warps and pipeline depth of each."""
+    """Steps per chunk; value channels, warps and pipeline depth of a walk; key channels, warps, depth and
+    chunks of a backward program. Tuned on an H100 with `python -m benchmarks.tune_kernels`."""
 
     chunk: int
     values: int
@@ -27,13 +28,14 @@ class Tiles(NamedTuple):
     keys: int
     warps_back: int
     stages_back: int
+    run: int
 
 
 TILES = {
-    16: Tiles(32, 16, 4, 1, 16, 4, 1),
-    32: Tiles(32, 32, 4, 1, 32, 4, 1),
-    64: Tiles(64, 64, 4, 2, 32, 4, 1),
-    128: Tiles(32, 64, 4, 1, 32, 4, 1),
+    16: Tiles(32, 16, 4, 1, 16, 4, 1, 1),
+    32: Tiles(32, 32, 4, 1, 32, 4, 1, 1),
+    64: Tiles(64, 64, 4, 2, 32, 4, 2, 4),
+    128: Tiles(32, 64, 4, 1, 32, 4, 1, 1),
 }
 """Head size -> tiles."""
 
@@ -41,7 +43,10 @@ MILD = 60.0
 """Largest decay of a chunk, in powers of two, that one reference point serves (docs/kernels.md)."""
 
 PROGRAMS = 264
-"""Walks that run at once: two on each multiprocessor of an H100. With fewer heads, time is cut up."""
+"""Walks that run at once: two on each multiprocessor of an H100. Fewer or more are cut into segments."""
+
+LOCAL = 0.3
+"""What the pass that segments need first costs of the walk itself."""
 
 SHORTEST = 8
 """Chunks that a segment has at least."""
@@ -65,14 +70,26 @@ def plan(r: Tensor, cu: Tensor | None) -> Plan:
     chunk = TILES[size].chunk
     sequences = batch if cu is None else cu.shape[0] - 1
     chunks = -(-time // chunk)
-    wanted = max(1, PROGRAMS // (sequences * heads))  # rounded down: a second wave would cost a whole walk
     longest = chunks if cu is None else -(-chunks // sequences)  # packed: the mean length
-    per_segment = max(SHORTEST, -(-longest // wanted))
-    if wanted == 1 or per_segment >= chunks:
+    per_segment = _segment(sequences * heads, longest, PROGRAMS, SHORTEST)
+    if per_segment >= longest:
         return Plan(sequences, chunks if cu is None else chunks + sequences, chunks, 1)
     if cu is None:
         return Plan(sequences, chunks, per_segment, -(-chunks // per_segment))
     return Plan(sequences, chunks + sequences, per_segment, -(-chunks // per_segment) + sequences)
+
+
+@functools.cache
+def _segment(walks: int, chunks: int, programs: int, shortest: int) -> int:
+    """Chunks per segment: what takes the fewest chunks one after another, in waves of `programs` walks."""
+
+    def cost(pieces: int) -> float:
+        length = -(-chunks // pieces)
+        waves = -(-(walks * -(-chunks // length)) // programs)
+        return waves * length * (1.0 if pieces == 1 else 1 + LOCAL)
+
+    pieces = min(range(1, max(1, chunks // shortest) + 1), key=cost)
+    return -(-chunks // pieces)
 
 
 def _table(cu: Tensor, steps: int, programs: int) -> tuple[Tensor, Tensor]:
@@ -141,9 +158,7 @@ def _launch(r: Tensor, w: Tensor, cu: Tensor | None, lengths: Tensor | None) -> 
     }
     slots = p.sequences * p.slots if cu is None else p.slots
     chunk_table = None if cu is None else _chunk_table(cu, tiles.chunk, slots)
-    return _Launch(
-        p, (r.shape[2], programs), table, firsts, slots, chunk_table, flags, r.shape[3], tiles
-    )
+    return _Launch(p, (r.shape[2], programs), table, firsts, slots, chunk_table, flags, r.shape[3], tiles)
 
 
 def _carry(
@@ -229,9 +244,11 @@ def _walk(
 
 
 def _chunk_shape(r: Tensor, cu: Tensor | None, save: bool) -> tuple[int, ...]:
-    p, heads, n = plan(r, cu), r.shape[2], r.shape[3]
-    slots = p.slots if cu is not None else p.sequences * p.slots
-    return (slots if save else 0, heads, n, n)
+    """Of the chunk states; as `plan` has it, but for any kind of integer (torch.compile's symbols too)."""
+    batch, time, heads, size = r.shape
+    chunks = -(-time // TILES[size].chunk)
+    slots = batch * chunks if cu is None else chunks + cu.shape[0] - 1
+    return (slots if save else 0, heads, size, size)
 
 
 def _forward_shapes(
@@ -264,17 +281,20 @@ def _backward(
     _walk(go, r, k, dy, w, u, dv, dfinal, dstate, dchunks, scores, flags, carry, cu, lengths, reverse=True)
     del scores, carry  # their memory serves the gradients
     dr, dk = (_output(r, lengths) for _ in range(2))
-    ragged = cu is not None or lengths is not None  # then some programs have nothing to write
-    make = torch.zeros if ragged else torch.empty
-    du = make((go.slots, heads, n), dtype=torch.float32, device=r.device)
-    dw = torch.zeros_like(du) if go.flags["STATIC"] else _output(r, lengths, w.dtype)
-    for strong in (False, True):
-        backward[(heads * (n // tiles.keys), go.slots)](
-            r, k, v, w, u.contiguous(), dy, dr, dk, dw, du, chunks, dchunks, flags, cu, lengths,
-            go.chunk_table, time, heads, p.slots, *_strides(r, k, v, w),
-            N=n, BK=tiles.keys, L=tiles.chunk, LEVELS=tiles.chunk.bit_length() - 1, LEAF=LEAF, LIMIT=MILD,
-            **go.flags, STRONG=strong, num_warps=tiles.warps_back, num_stages=tiles.stages_back,
-        )  # fmt: skip
+    du = torch.empty(go.slots, heads, n, dtype=torch.float32, device=r.device)
+    dw = torch.empty_like(du) if go.flags["STATIC"] else _output(r, lengths, w.dtype)
+    tensors = (r, k, v, w, u.contiguous(), dy, dr, dk, dw, du, chunks, dchunks)
+    ragged = (cu, lengths, go.chunk_table, time, heads, p.slots)
+    shape = {"N": n, "BK": tiles.keys, "L": tiles.chunk, "num_warps": tiles.warps_back, **go.flags}
+    columns = heads * (n // tiles.keys)
+    backward[(columns, -(-go.slots // tiles.run))](
+        *tensors, *ragged, go.slots, *_strides(r, k, v, w),
+        RUN=tiles.run, num_stages=tiles.stages_back, **shape,
+    )  # fmt: skip
+    backward_strong[(columns, go.slots)](
+        *tensors, flags, *ragged, *_strides(r, k, v, w),
+        LEVELS=tiles.chunk.bit_length() - 1, LEAF=LEAF, LIMIT=MILD, num_stages=1, **shape,
+    )  # fmt: skip
     if go.flags["STATIC"]:
         dw = dw.sum(0).to(w.dtype)
     return dr, dk, dv, dw, du.sum(0).to(u.dtype), dstate

@@ -55,9 +55,8 @@ def prefix(w, row, i, j, N: tl.constexpr, L: tl.constexpr, STATIC: tl.constexpr,
 
 
 @triton.jit
-def place(cu, lengths, table, T, slots, PACKED: tl.constexpr, HAS_LEN: tl.constexpr):
-    """(row of the batch, first step of the sequence, its steps, the chunk) of the program's chunk slot."""
-    slot = tl.program_id(1)
+def place(slot, cu, lengths, table, T, slots, PACKED: tl.constexpr, HAS_LEN: tl.constexpr):
+    """(row of the batch, first step of the sequence, its steps, the chunk) of a chunk slot."""
     if PACKED:
         seq = tl.load(table + 2 * slot)
         c = tl.load(table + 2 * slot + 1)
@@ -78,12 +77,13 @@ def strong_scores(
 ):  # fmt: skip
     """Flags the chunks in which a channel decays by more than 2^-LIMIT and makes their scores, for any decay.
 
-    Steps i > j meet at the lowest level at which one block of 2^(level+1) holds both: i then looks back to the
-    block's middle and j ahead to it, so every exponent is a sum of log decays and never above 0. Blocks of
-    2^LEAF steps that decay by less than the limit take one reference, as mild chunks do. KNOWN: flags are given.
+    Steps i > j meet at the lowest level at which one block of 2^(level+1) holds both: i then looks back to
+    the block's middle and j ahead to it, so every exponent is a sum of log decays and never above 0. Blocks
+    of 2^LEAF steps that decay by less than the limit take one reference, as mild chunks do. KNOWN: the flags
+    are given.
     """
     head = tl.program_id(0)
-    b, first, n, c = place(cu, lengths, table, T, slots, PACKED, HAS_LEN)
+    b, first, n, c = place(tl.program_id(1), cu, lengths, table, T, slots, PACKED, HAS_LEN)
     row = c * L
     if (c < 0) | (row >= n):
         return
@@ -202,7 +202,7 @@ def walk(
             at = where * (L * L) + (j * L + i if REVERSE else i * L + j)
             found = tl.load(scores + at)
         else:
-            # One reference for all pairs, the end of the chunk. A huge query may leave the range: no NaN then.
+            # One reference for all pairs, the end of the chunk. A huge query may leave the range, but no NaN.
             lead = bounded(query * tl.exp2(decay)[None, :])
             if REVERSE:
                 found = mm(key, tl.trans(lead), SPLIT)
