@@ -103,7 +103,8 @@ def measure(shape: list[int], regime: str, decay: str) -> str:
             setattr(wkv6, name, kernel.kernel)
     parts = " ".join(f"{name} {kernel.ms():.3f}" for name, kernel in watched.items() if kernel.marks)
     total = times[0] + times[2]
-    return f"forward {times[0]:.3f} (no gradients {times[1]:.3f}) backward {times[2]:.3f} sum {total:.3f} | {parts}"
+    whole = f"forward {times[0]:.3f} (no gradients {times[1]:.3f}) backward {times[2]:.3f} sum {total:.3f}"
+    return f"{whole} | {parts}"
 
 
 def main() -> None:
