@@ -51,7 +51,7 @@ LOCAL = 0.3
 SHORTEST = 8
 """Chunks that a segment has at least."""
 
-LEAF = 4
+LEAF = 3
 """Strong chunks: blocks of 2^LEAF steps that are mild in themselves take one reference."""
 
 
