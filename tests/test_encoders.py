@@ -281,15 +281,14 @@ def test_timm_without_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
         build("timm", TINY)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize("place", ["file", "folder"])
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "convnext_atto"])
-def test_timm_weights_round_trip(model: str, suffix: str, tmp_path: Path) -> None:
+def test_timm_weights_round_trip(model: str, place: str, tmp_path: Path) -> None:
     """A published file has a classifier (left out) and, for a ViT, another grid (resampled by timm)."""
     torch.manual_seed(3)
     published = timm.create_model(model, num_classes=10)
-    path = tmp_path / f"weights{suffix}"
-    state = {k: v.contiguous() for k, v in published.state_dict().items()}
-    save_file(state, path) if suffix == ".safetensors" else torch.save({"model": state}, path)
+    save_file({k: v.contiguous() for k, v in published.state_dict().items()}, tmp_path / "model.safetensors")
+    path = tmp_path / "model.safetensors" if place == "file" else tmp_path
 
     same = build("timm", {"model": model, "weights": str(path)})
     x = torch.randn(1, 3, 224, 224)
@@ -320,20 +319,26 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     assert "1 of another shape (norm.bias [7] for [192])" in said
 
 
-class Stranger:
-    """Stands for code in a pickle."""
-
-
-@pytest.mark.parametrize("content", ["garbage", "pickled code", "a list"])
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_unreadable_weights(content: str, suffix: str, tmp_path: Path) -> None:
+def test_unreadable_weights(suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"bad{suffix}"
-    if content == "garbage":
-        path.write_bytes(b"not weights at all")
-    else:
-        torch.save({"model": Stranger()} if content == "pickled code" else [1, 2], path)
-    with pytest.raises(ValueError, match=r"encoder\.weights: cannot read .*\.safetensors"):
+    path.write_bytes(b"not weights at all")
+    said = {
+        ".pth": rf"encoder\.weights: '{path}' is not converted.*`python -m toolkit\.convert {path} --to \S+`",
+        ".safetensors": rf"encoder\.weights: {path}: not a whole safetensors file",
+    }
+    with pytest.raises(ValueError, match=said[suffix]):
         build("timm", {**TINY, "weights": str(path)})
+
+
+@pytest.mark.parametrize(("name", "model", "said"), [
+    ("open_clip", "ViT-L-14-336-quickgelu", "timm/vit_large_patch14_clip_336.openai, file open_clip_model"),
+    ("timm", "vit_large_patch14_reg4_dinov2.lvd142m", "timm/vit_large_patch14_reg4_dinov2.lvd142m, file"),
+])  # fmt: skip
+def test_missing_weights_say_what_to_download(name: str, model: str, said: str) -> None:
+    with pytest.raises(ValueError, match=r"download .*python -m toolkit\.convert FILE --to FOLDER") as error:
+        build(name, {"model": model, "weights": "/nowhere/tower.safetensors"})
+    assert said in str(error.value)
 
 
 # --- open_clip ----------------------------------------------------------------------------------
@@ -395,15 +400,15 @@ def test_open_clip_layers_against_the_blocks_by_hand() -> None:
 
 
 def test_open_clip_weights_that_do_not_fit(tmp_path: Path) -> None:
-    path = tmp_path / "clip.pth"
-    torch.save({"visual.conv1.weight": torch.zeros(48, 3, 14, 14), "visual.stranger": torch.zeros(1)}, path)
+    path = tmp_path / "clip.safetensors"
+    save_file({"visual.conv1.weight": torch.zeros(48, 3, 14, 14), "visual.stranger": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match=r"\d+ missing \(class_embedding, .*1 unexpected \(stranger\)"):
         build("open_clip", {"model": TINY_CLIP, "weights": str(path)})
 
 
 def test_open_clip_warns_of_the_wrong_activation(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "empty.pth"
-    torch.save({}, path)
+    path = tmp_path / "empty.safetensors"
+    save_file({}, path)
     for name, warns in (("RN50", True), ("RN50-quickgelu", False)):
         caplog.clear()
         with caplog.at_level(logging.WARNING), pytest.raises(ValueError, match="missing"):

@@ -58,7 +58,7 @@ def timm(
     layer: index of the block (ViTs) or feature stage (CNNs) that is read, -1 the last. norm: whether
     the model's final norm follows (for SAM: the neck, 256 channels). class_token: keep it as the extra
     vector; register tokens are always dropped. fit: `stretch` to the square or `crop` its centre.
-    weights: local .safetensors or .pth file, or the word `random`.
+    weights: converted folder, .safetensors file (timm's, open_clip's or the hub's naming), or `random`.
     """
     from components.encoders.timm_tower import timm_tower
 
@@ -85,7 +85,8 @@ def open_clip(
 
     The paper's encoder is CLIP ViT-L/14 at 336 px: 576 patches of 1024 channels and the class token.
     OpenAI's weights need a model whose name ends in `-quickgelu`. layer: -1 the last block, -2 the
-    one before. weights: local file in open_clip's naming, whole CLIP or vision tower alone, or `random`.
+    one before. weights: converted folder (of a CLIP, or of a VisualRWKV checkpoint), .safetensors file
+    in open_clip's or the hub's naming, whole CLIP or vision tower alone, or `random`.
     """
     from components.encoders.open_clip_tower import open_clip_tower
 

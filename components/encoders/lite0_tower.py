@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from components.encoders.pixels import ImageTransform
 from components.encoders.timm_tower import read_layer
 from components.encoders.towers import TowerEncoder
-from components.encoders.weights import on_meta, read_state
+from components.encoders.weights import on_meta
 
 STAGES = {8: 2, 16: 3, 32: 4}
 """Pixels a grid cell -> index of the feature stage (40, 112 and 320 channels)."""
@@ -54,7 +55,8 @@ def _package_file() -> Path:
 
 def _load_by_position(tower: nn.Module, path: Path) -> None:
     """Loads tensors in file order: the package names them otherwise, order and shapes agree."""
-    state = read_state(str(path))
+    # Not a stranger's file but an installed package's; `weights_only` all the same.
+    state = torch.load(path, map_location="cpu", weights_only=True)
     own = tower.state_dict()
     shapes = [value.shape for value in state.values()]
     if shapes != [value.shape for value in own.values()]:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from functools import partial
 from typing import Any
 
 import open_clip
+import torch
 from torch import Tensor, nn
 
 from components.encoders.pixels import ImageTransform
 from components.encoders.towers import TowerEncoder, unknown_model
-from components.encoders.weights import load_strict, needs_file, read_state, require
+from components.encoders.weights import load_strict, needs_file, read_state, require, shapes_of
 
 NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 1, "heads": 1, "layers": 1}
 """A text tower of next to nothing: open_clip's constructor builds one, and it is thrown away."""
@@ -28,17 +30,20 @@ def open_clip_tower(name: str, *, layer: int, class_token: bool, weights: str) -
     """
     if name not in open_clip.list_models():
         raise unknown_model(name, open_clip.list_models(), "open_clip")
-    require(weights)
+    require(weights, _download(name))
     config = open_clip.get_model_config(name)
-    tower = _create(config)
+    # Filled from a file below, or random: only then is there anything to initialise.
+    with torch.device("meta") if needs_file(weights) else contextlib.nullcontext():
+        tower = _create(config)
     if class_token and not _has_class_token(tower):
         raise ValueError(f"encoder.class_token: open_clip's '{name}' has no class token; set it to false")
-    if needs_file(weights):
-        _warn_of_activation(name, config)
-        load_strict(tower, _vision_part(read_state(weights)), source=weights)
-    index = layer
+    whole, index = shapes_of(tower), layer
     if hasattr(tower, "prune_intermediate_layers"):
         (index,) = tower.prune_intermediate_layers([layer], prune_norm=True, prune_head=True)
+    if needs_file(weights):
+        _warn_of_activation(name, config)
+        state = _vision_part(read_state(weights, library="open_clip"))
+        load_strict(tower, state, whole=whole, source=weights)
     size = tower.image_size
     preprocess = _preprocess(name, size[0] if isinstance(size, tuple) else size)
     return TowerEncoder(tower, partial(read_layer, index=index, class_token=class_token), preprocess)
@@ -81,6 +86,14 @@ def _warn_of_activation(name: str, config: dict[str, Any]) -> None:
             name,
             name,
         )
+
+
+def _download(name: str) -> str:
+    """What open_clip lists as the model's first published weights, by name."""
+    tags = open_clip.list_pretrained_tags_by_model(name)
+    repository = open_clip.get_pretrained_cfg(name, tags[0]).get("hf_hub", "").strip("/") if tags else ""
+    where = f" (repository {repository}, file open_clip_model.safetensors)" if repository else ""
+    return f"the weights of open_clip's '{name}'{where}"
 
 
 def _has_class_token(tower: nn.Module) -> bool:

@@ -7,11 +7,12 @@ from functools import partial
 from typing import Any
 
 import timm
+import torch
 from torch import Tensor, nn
 
 from components.encoders.pixels import ImageTransform
 from components.encoders.towers import TowerEncoder, unknown_model
-from components.encoders.weights import load_strict, needs_file, read_state, require
+from components.encoders.weights import load_strict, needs_file, read_state, require, shapes_of
 
 
 def timm_tower(
@@ -23,19 +24,21 @@ def timm_tower(
     class token it does not have, and weights that are missing or do not fit.
     """
     settings = _settings(name)
-    require(weights)
+    require(weights, _download(name, settings))
     own_size = settings.input_size[-1]
     size = image_size or own_size
-    tower = _create(name, size, resizable=not settings.fixed_input_size)
+    tower = _built(name, size, resizable=not settings.fixed_input_size, empty=needs_file(weights))
     if size != own_size:  # some published models lose a border at their own size (SigLIP: 384 = 27 x 14 + 6)
         _check_patches(name, tower, size)
     index = _layer_index(name, tower, layer)
     if class_token and getattr(tower, "cls_token", None) is None:
         raise ValueError(f"encoder.class_token: timm's '{name}' has no class token; set it to false")
-    if needs_file(weights):
-        _load(tower, weights, settings.classifier)
+    state = _named(tower, weights) if needs_file(weights) else None
+    whole = shapes_of(tower)
     # The layers behind the one that is read would only cost memory.
     tower.prune_intermediate_layers([index], prune_norm=not norm, prune_head=True)
+    if state is not None:
+        load_strict(tower, state, whole=whole, source=weights, ignore=_classifiers(settings.classifier))
     # Paper: HD resizes to the exact square (aspect lost) and gives SAM the ImageNet statistics;
     # both are this encoder's defaults (`fit`, timm's own statistics).
     preprocess = ImageTransform(size, tuple(settings.mean), tuple(settings.std), fit)
@@ -76,6 +79,21 @@ def _settings(name: str) -> Any:
     return settings
 
 
+def _built(name: str, size: int, *, resizable: bool, empty: bool) -> Any:
+    """The model, `empty` without memory to be filled from a file.
+
+    A model with buffers that no file holds (tables computed when it is built) is built with memory.
+    """
+    if not empty:
+        return _create(name, size, resizable=resizable)
+    with torch.device("meta"):
+        tower = _create(name, size, resizable=resizable)
+    stored = tower.state_dict()
+    if all(buffer in stored for buffer, _ in tower.named_buffers()):
+        return tower
+    return _create(name, size, resizable=resizable)
+
+
 def _create(name: str, size: int, *, resizable: bool) -> Any:
     options: dict[str, Any] = {} if resizable else {"img_size": size}
     try:
@@ -109,12 +127,22 @@ def _layer_index(name: str, tower: Any, layer: int) -> int:
     return layer % count
 
 
-def _load(tower: nn.Module, weights: str, classifier: str | tuple[str, ...] | None) -> None:
-    state = read_state(weights)
+def _named(tower: nn.Module, weights: str) -> dict[str, Tensor]:
+    """The file's tensors by the model's names, its position table resampled to the model's grid."""
+    state = read_state(weights, library="timm")
     # timm keeps beside each model how its published files are brought to its naming and how a
     # position table is resampled to another grid.
     convert = getattr(sys.modules[type(tower).__module__], "checkpoint_filter_fn", None)
-    if convert is not None:
-        state = convert(state, tower)
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
-    load_strict(tower, state, source=weights, ignore=names)
+    return state if convert is None else dict(convert(state, tower))
+
+
+def _classifiers(names: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _download(name: str, settings: Any) -> str:
+    """timm's own published weights of the model, by name."""
+    where = (
+        f" (repository {settings.hf_hub_id.strip('/')}, file model.safetensors)" if settings.hf_hub_id else ""
+    )
+    return f"the weights of timm's '{name}'{where}"

@@ -1,14 +1,14 @@
-"""Reads local weight files for pretrained towers and loads them strictly."""
+"""Local weights of pretrained towers: found, mapped, and loaded strictly."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Collection, Mapping
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from toolkit.naming import in_library_names
+from toolkit.weights import absent, how_to_get, open_weights
 
 RANDOM = "random"
 KEY = "encoder.weights"
@@ -19,80 +19,67 @@ def on_meta() -> bool:
     return torch.get_default_device().type == "meta"
 
 
-def require(weights: str) -> None:
-    """Raises ValueError unless `weights` is `random` or an existing file; on meta anything goes."""
+def require(weights: str, download: str) -> None:
+    """Raises ValueError unless `weights` is `random` or can be read; on meta anything goes.
+
+    download: what to fetch, by name, for whoever has no such file.
+    """
     if on_meta() or weights == RANDOM:
         return
     if not weights:
-        raise ValueError(f"{KEY} is empty: give a local .safetensors or .pth file, or the word '{RANDOM}'")
-    if not Path(weights).expanduser().is_file():
-        raise ValueError(f"{KEY}: no file '{weights}'; give a local .safetensors or .pth file, or '{RANDOM}'")
+        raise ValueError(f"{KEY} is empty: write '{RANDOM}', or {how_to_get(KEY, download)}")
+    wrong = absent(weights, key=KEY, download=download)
+    if wrong:
+        raise ValueError(wrong)
 
 
 def needs_file(weights: str) -> bool:
     return not on_meta() and weights != RANDOM
 
 
-def read_state(weights: str) -> dict[str, Tensor]:
-    """Tensors by name, on the CPU. Nested `state_dict`/`model` and a `module.` prefix are taken off."""
-    path = Path(weights).expanduser()
-    try:
-        state = _read(path)
-    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{KEY}: cannot read '{path}' as plain tensors ({_first_line(error)}); "
-            "convert it to .safetensors, files that hold code are refused"
-        ) from error
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state.get(wrapper), Mapping):
-            state = state[wrapper]
-    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
-    if tensors and all(name.startswith("module.") for name in tensors):
-        tensors = {name.removeprefix("module."): value for name, value in tensors.items()}
-    return tensors
+def read_state(weights: str, *, library: str) -> dict[str, Tensor]:
+    """Tensors of the vision tower by the names of `library` (timm or open_clip), mapped from the file.
+
+    weights: a converted folder (of a tower, or of a VisualRWKV checkpoint) or a .safetensors file.
+    """
+    return in_library_names(open_weights(weights, key=KEY, download="the tower's weights"), library=library)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(str(error)) from error
-    state = torch.load(path, map_location="cpu", weights_only=True)
-    if not isinstance(state, Mapping):
-        raise ValueError(f"it holds a {type(state).__name__}, not tensors by name")
-    return state
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:160]
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What `module` may load: to be taken before layers that are not read are cut off."""
+    return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
 
 
 def load_strict(
-    module: nn.Module, state: Mapping[str, Tensor], *, source: str, ignore: Collection[str] = ()
+    module: nn.Module,
+    state: Mapping[str, Tensor],
+    *,
+    whole: Mapping[str, tuple[int, ...]],
+    source: str,
+    ignore: Collection[str] = (),
 ) -> None:
-    """Loads `state` into `module`; every name and shape must fit.
+    """Loads `state` into `module`, in torch's default dtype; every name and shape must fit.
 
-    ignore: prefixes of tensors the file may have in excess (a classifier). Raises ValueError that
-    lists what is missing, what is unexpected and which shapes differ.
+    whole: shapes before layers were cut off, which the file may have in excess, as it may tensors under
+    the prefixes `ignore` (a classifier). A tensor of that type stays mapped: nothing is copied. Raises
+    ValueError that lists what is missing, what is unexpected and which shapes differ.
     """
     own = module.state_dict()
-    kept = {k: v for k, v in state.items() if k in own or not any(_under(k, prefix) for prefix in ignore)}
+    kept = {k: v for k, v in state.items() if k in whole or not any(_under(k, prefix) for prefix in ignore)}
     missing = [k for k in own if k not in kept]
-    unexpected = [k for k in kept if k not in own]
+    unexpected = [k for k in kept if k not in whole]
     shapes = [
-        f"{k} {list(kept[k].shape)} for {list(own[k].shape)}"
-        for k in own
-        if k in kept and kept[k].shape != own[k].shape
+        f"{k} {list(kept[k].shape)} for {list(shape)}"
+        for k, shape in whole.items()
+        if k in kept and tuple(kept[k].shape) != shape
     ]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
     said = [f"{len(names)} {what} ({_few(names)})" for what, names in faults.items() if names]
     if said:
         raise ValueError(f"{KEY}: '{source}' does not fit {KEY.split('.')[0]}.model: {'; '.join(said)}")
-    module.load_state_dict(kept)
+    device, dtype = torch.get_default_device(), torch.get_default_dtype()
+    filled = {k: kept[k].to(device, dtype if kept[k].is_floating_point() else None) for k in own}
+    module.load_state_dict(filled, assign=True)
 
 
 def _under(name: str, prefix: str) -> bool:
