@@ -207,7 +207,9 @@ def _forward(
     chunks = torch.empty(_chunk_shape(r, cu, save), dtype=torch.float32, device=r.device)
     state = None if state is None else state.contiguous()
     carry = _carry(go, k, v, w, state, cu, lengths, reverse=False)
-    flags = torch.zeros(go.slots, heads, dtype=torch.int32, device=r.device)
+    ragged = cu is not None or lengths is not None  # then some slots have no chunk, and stay unflagged
+    make = torch.zeros if ragged else torch.empty
+    flags = make(go.slots, heads, dtype=torch.int32, device=r.device)
     scores = _strong(go, r, k, w, flags, cu, lengths, known=False)
     _walk(go, r, k, v, w, u, y, state, final, chunks if save else None, scores, flags, carry, cu, lengths)
     return y, final, chunks, flags
