@@ -4,8 +4,8 @@
     python -m benchmarks.tune_kernels --tiles 64,64,4,3,32,4,2,4 64,64,4,2,32,4,3,8 --shapes 8,2048,40
     python -m benchmarks.tune_kernels --regime mixed --decay fp32
 
-Tiles are the fields of `kernels.gpu.wkv6.Tiles` for head size 64. Device time, medians, rotating inputs; then,
-behind the bar, each kernel of one backward pass. Prints only: what is chosen goes into the table.
+Tiles are the fields of `kernels.gpu.wkv6.Tiles` for head size 64. Device time, medians, rotating inputs;
+then, behind the bar, each kernel of one backward pass. Prints only: what is chosen goes into the table.
 """
 
 from __future__ import annotations
