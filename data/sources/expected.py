@@ -1,0 +1,29 @@
+"""What generated data must hash to, everywhere.
+
+After a change of a generator raise its version and write the hashes that
+`python -m toolkit.data inspect data=NAME` and the error of a wrong sample print.
+"""
+
+from __future__ import annotations
+
+MANIFESTS: dict[str, dict[str, str]] = {
+    "scenes-8125c744c711": {
+        "train": "12a4963daec539530482c118b18881723d58c97553ab624b1e894d5bb92fb9be",
+        "val": "aedab27b19870f89466e2af5a231d97b26b23aed14b04c3efe0cc1b3ee3fd0ae",
+        "test": "bfaf50c4ed94e21a8944ff085728809251f5e6d5d4ef0c6ae02e77d7b5d2bd40",
+        "test_large": "904792582304fbc1d8f5c5f623206417b55dc63abbffd6641af89bc2338fe1ac",
+    },
+    "sort_of_clevr-24e1e2c91877": {
+        "train": "fcf0b1e71c900ecbafefe11c836e328858b4a44b9a00d6fa0b28e7f2a056fded",
+        "test": "84f51e4e9d1e80c3d564f1b522e355522bb08c447c7eb6f364738b02502ef7d4",
+    },
+}
+"""Folder name (its end is the hash of version and options) -> split -> manifest hash."""
+
+PROBES: dict[str, str] = {
+    "scenes_shapes": "49b6a7209beeb4470ff05c748eea98e9ca305995359d7eecda3737aa7277c6ad",
+    "scenes_digits": "3a3360ddb38982ac121dcbd4b12ac24cc84e86f309ed81d4b0dd11692fb728f1",
+    "scenes_mixed": "ba54028a45b74cfbe294dea84a2dcb4462f5234d3306ee7377b742d860273705",
+    "sort_of_clevr": "b86f69011e4323e40c36dad371f6824ac63bd3d32dad10211cd662a2c33256f8",
+}
+"""Name of a small fixed sample -> hash of its records."""
