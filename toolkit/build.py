@@ -10,14 +10,18 @@ import torch
 
 from toolkit import register
 from toolkit.model import VisualRWKV
+from toolkit.pretrained import fill_part
 from toolkit.schema import RunConf
 from toolkit.trunk import LanguageModel
+from toolkit.weights import DOWNLOADS
 
 
-def build_model(conf: RunConf, *, vocab_size: int) -> VisualRWKV:
+def build_model(conf: RunConf, *, vocab_size: int, device: torch.device | None = None) -> VisualRWKV:
     """Builds the model that `conf` describes, on torch's default device.
 
-    What really interacts is said here, as ValueErrors that name both recipe keys.
+    device: where weights that the recipe names go straight from their file; None is the default device.
+    Parts whose weights the recipe names (`lm.weights`, `proj.weights`) are filled from them, except on the
+    meta device. What really interacts is said here, as ValueErrors that name both recipe keys.
     """
     d_model, n_layer = conf.model.d_model, conf.model.n_layer
     encoder = register.bind("encoder", conf.encoder)()
@@ -25,8 +29,11 @@ def build_model(conf: RunConf, *, vocab_size: int) -> VisualRWKV:
     height, width = projector.grid
     table = [[int(i) for i in row] for row in register.bind("scan", conf.scan)(n_layer, height, width)]
     check_table(table, n_layer, height * width, name=conf.scan["name"])
-    recurrence = register.bind("recurrence", conf.recurrence)(d_model, n_layer)
-    rwkv = LanguageModel(recurrence, d_model=d_model, n_layer=n_layer, vocab_size=vocab_size)
+    if conf.proj.weights and not _on_meta():
+        fill_part(
+            projector, conf.proj.weights, prefix="proj.", key="proj.weights", download=DOWNLOADS["proj"]
+        )
+    rwkv = _language_model(conf, vocab_size, device)
     model = VisualRWKV(encoder, projector, rwkv, table=table)
     if model.n_image >= conf.model.ctx_len:
         raise ValueError(
@@ -36,6 +43,25 @@ def build_model(conf: RunConf, *, vocab_size: int) -> VisualRWKV:
             "or pool to fewer tokens"
         )
     return model
+
+
+def _language_model(conf: RunConf, vocab_size: int, device: torch.device | None) -> LanguageModel:
+    """From scratch, or without memory and then filled from `lm.weights`."""
+    pretrained = bool(conf.lm.weights) and not _on_meta()
+    with torch.device("meta") if pretrained else contextlib.nullcontext():
+        recurrence = register.bind("recurrence", conf.recurrence)(conf.model.d_model, conf.model.n_layer)
+        rwkv = LanguageModel(
+            recurrence, d_model=conf.model.d_model, n_layer=conf.model.n_layer, vocab_size=vocab_size
+        )
+    if pretrained:
+        fill_part(
+            rwkv, conf.lm.weights, prefix="rwkv.", key="lm.weights", download=DOWNLOADS["lm"], device=device
+        )
+    return rwkv
+
+
+def _on_meta() -> bool:
+    return torch.get_default_device().type == "meta"
 
 
 def check_table(table: list[list[int]], n_layer: int, patches: int, *, name: str) -> None:

@@ -206,6 +206,11 @@ def compose(job: Job, *, complete: bool = True) -> dict[str, Any]:
     return finish(cfg, job.plan, complete=complete)
 
 
+def _place_of_files(key: str) -> bool:
+    """Settings that say where something lies: counting parameters needs none of them."""
+    return key.startswith("data.") or key.endswith(".weights")
+
+
 def finish(cfg: DictConfig, plan: Plan, *, complete: bool = True) -> dict[str, Any]:
     """A composed config -> plain values, after the checks that need all of it."""
     task = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
@@ -213,7 +218,7 @@ def finish(cfg: DictConfig, plan: Plan, *, complete: bool = True) -> dict[str, A
     values: Any = OmegaConf.to_container(task, resolve=True, throw_on_missing=False)
     problems = rules.check(values, plan)
     absent = rules.missing(values, keys, plan)
-    problems = [*(p for p in absent if complete or not p.key.startswith("data.")), *problems]
+    problems = [*(p for p in absent if complete or not _place_of_files(p.key)), *problems]
     if problems:
         raise BadRecipe(problems)
     return dict(values)

@@ -80,7 +80,7 @@ def execute(conf: RunConf, run: RunDir) -> dict[str, Any]:
     log.info("run directory %s", run.path)
     corpus = Corpus(conf)
     corpus.tokenizer.save(run.path / "vocabulary.json")
-    model = build_model(conf, vocab_size=corpus.tokenizer.size).to(device)
+    model = build_model(conf, vocab_size=corpus.tokenizer.size, device=device).to(device)
     parts = learning_parts(conf, model)
     facts: dict[str, Any] = {"parameters": parameters_by_part(model), "learning": parts}
     with Timer(facts, "feature_seconds"):

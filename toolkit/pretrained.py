@@ -10,14 +10,7 @@ from torch import nn
 
 from toolkit import register
 from toolkit.trunk import LanguageModel
-from toolkit.weights import Weights, config_of, open_weights, part
-
-LM = (
-    "a released RWKV model, for example RWKV-x060-World-1B6-v2.1 (RWKV-6, repository BlinkDL/rwkv-6-world), "
-    "RWKV-5-World-1B5-v2 (BlinkDL/rwkv-5-world) or RWKV-4-World (BlinkDL/rwkv-4-world), or a VisualRWKV "
-    "checkpoint (howard-hou/visualrwkv-6, visualrwkv-5)"
-)
-PROJ = "a VisualRWKV checkpoint (howard-hou/visualrwkv-6, visualrwkv-5; of -5 the file ending in _visual)"
+from toolkit.weights import DOWNLOADS, Weights, config_of, open_weights, part, settings_of
 
 
 def ghost(sizes: Mapping[str, Any]) -> LanguageModel:
@@ -76,14 +69,26 @@ def misfits(
     return "; ".join(f"{len(n)} {what} ({', '.join(n[:3])})" for what, n in faults.items() if n)
 
 
-def fill_part(module: nn.Module, given: str, *, prefix: str, key: str, download: str) -> None:
+def fill_part(
+    module: nn.Module,
+    given: str,
+    *,
+    prefix: str,
+    key: str,
+    download: str,
+    device: torch.device | None = None,
+) -> None:
     """Fills a part of a run's model from the weights that a recipe names, in torch's default dtype."""
     weights = open_weights(given, key=key, download=download)
     names = part(weights, prefix)
     if not names:
         held = ", ".join(sorted({n.split(".")[0] for n in weights}))
         raise ValueError(f"{key}: {weights.path} holds no {prefix}* tensors, only {held}")
-    fill(module, weights, names, key=key, dtype=torch.get_default_dtype())
+    try:
+        fill(module, weights, names, key=key, dtype=torch.get_default_dtype(), device=device)
+    except ValueError as error:
+        wanted = " ".join(f"{k}={v}" for k, v in settings_of(given).items())
+        raise ValueError(f"{error}" + (f"; these weights want {wanted}" if wanted else "")) from error
 
 
 def load_language_model(
@@ -94,7 +99,7 @@ def load_language_model(
     given: folder that `toolkit.convert` wrote. dtype, device: as in `fill`; dtype None keeps the file's
     type, and on a CPU nothing is copied then.
     """
-    weights = open_weights(given, key="weights", download=LM)
+    weights = open_weights(given, key="weights", download=DOWNLOADS["lm"])
     sizes = config_of(given).get("parts", {}).get("rwkv")
     if sizes is None:
         raise ValueError(

@@ -8,6 +8,7 @@ from typing import Any
 from toolkit.explain import Problem, closest
 from toolkit.layers import Plan
 from toolkit.register import KINDS, components
+from toolkit.weights import DOWNLOADS, absent, settings_of
 
 Config = Mapping[str, Any]
 PARTS = ("encoder", "proj", "rwkv")
@@ -131,7 +132,32 @@ def _batches(cfg: Config) -> Found:
             yield "hardware.micro_batch", what, (), f"hardware.micro_batch={good}"
 
 
-_RULES: tuple[Callable[[Config], Found], ...] = (_heads, _grid, _context, _stages, _batches)
+_OWNERS = {"lm": ("recurrence", "model."), "proj": ("projector",)}
+"""Section with weights -> beginnings of the settings that these weights decide."""
+
+
+def _weights(cfg: Config) -> Found:
+    """Weights whose config.json says that they are of another size or form than the recipe's model."""
+    for section, heads in _OWNERS.items():
+        given = cfg.get(section, {}).get("weights", "")
+        for key, value in settings_of(given).items() if given else ():
+            kind, _, option = key.partition(".")
+            asked = cfg[kind].get(option or "name")
+            if key.startswith(heads) and asked not in (None, 0, value):
+                yield (
+                    key,
+                    f"{asked} does not fit {section}.weights={given}, made for {value}",
+                    (),
+                    f"{key}={value}",
+                )
+    if cfg.get("lm", {}).get("weights") and cfg["model"]["vocab"] != "world":
+        what = (
+            f"{cfg['model']['vocab']} renumbers the tokens; lm.weights needs the world vocabulary's numbers"
+        )
+        yield "model.vocab", what, (), "model.vocab=world"
+
+
+_RULES: tuple[Callable[[Config], Found], ...] = (_heads, _grid, _context, _stages, _batches, _weights)
 
 
 def missing(cfg: Config, keys: list[str], plan: Plan) -> list[Problem]:
@@ -143,6 +169,12 @@ def missing(cfg: Config, keys: list[str], plan: Plan) -> list[Problem]:
         if kind in KINDS:
             what += f" ({kind} {cfg[kind]['name']!r} needs it)"
         problems.append(_missing(key, what, plan))
+    for section in _OWNERS:
+        given = cfg.get(section, {}).get("weights", "")
+        wrong = absent(given, key=f"{section}.weights", download=DOWNLOADS[section]) if given else ""
+        if wrong:
+            what, _, fix = wrong.removeprefix(f"{section}.weights: ").partition("; ")
+            problems.append(Problem(where(plan, f"{section}.weights"), f"{section}.weights", what, (), fix))
     for reader, split in _splits(cfg):
         if cfg["data"].get(split) == "" and f"data.{split}" not in keys:
             problems.append(_missing(f"data.{split}", f"not given, but {reader}={split} reads it", plan))

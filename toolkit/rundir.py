@@ -17,6 +17,9 @@ from typing import Any
 NOT_IDENTITY = ("paths", "hardware", "title", "report", "plugins", "log")
 """Keys that say where, how fast or under which name, but not what."""
 
+FROM_SCRATCH = {"weights": ""}
+"""A part without weights: as if not asked, so that runs keep the names they had before it could be."""
+
 PACKAGES = (
     "torch",
     "lightning",
@@ -34,7 +37,7 @@ def run_id(cfg: Mapping[str, Any]) -> str:
 
     The precision is kept although it is set under `hardware`: it changes the numbers.
     """
-    asked = {k: v for k, v in cfg.items() if k not in NOT_IDENTITY}
+    asked = {k: v for k, v in cfg.items() if k not in NOT_IDENTITY and v != FROM_SCRATCH}
     asked["precision"] = cfg["hardware"]["precision"]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
 

@@ -23,6 +23,13 @@ class ModelConf:
 
 
 @dataclass
+class PartConf:
+    """Where a part of the model starts from."""
+
+    weights: str = ""  # folder that `toolkit.convert` wrote, or a .safetensors file; empty: from scratch
+
+
+@dataclass
 class LossConf:
     """Loss of one step."""
 
@@ -117,6 +124,8 @@ class RunConf:
     title: str = ""
     seed: Count = 0
     model: ModelConf = field(default_factory=ModelConf)
+    lm: PartConf = field(default_factory=PartConf)
+    proj: PartConf = field(default_factory=PartConf)
     loss: LossConf = field(default_factory=LossConf)
     stages: dict[str, StageConf] = field(default_factory=dict)
     features: FeatureConf = field(default_factory=FeatureConf)

@@ -44,6 +44,14 @@ DTYPES = {
 }
 """Type in a safetensors header -> (torch's name, bytes)."""
 
+DOWNLOADS = {
+    "lm": "a released RWKV model, for example RWKV-x060-World-1B6-v2.1 (RWKV-6, repository "
+    "BlinkDL/rwkv-6-world), RWKV-5-World-1B5-v2 (BlinkDL/rwkv-5-world) or RWKV-4-World "
+    "(BlinkDL/rwkv-4-world), or a VisualRWKV checkpoint (howard-hou/visualrwkv-6, visualrwkv-5)",
+    "proj": "a VisualRWKV checkpoint (howard-hou/visualrwkv-6, or visualrwkv-5, the file ending in _visual)",
+}
+"""Section of a recipe -> what to download for its weights, by name."""
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -164,6 +172,21 @@ def config_of(given: str) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and "parts" in found else {}
+
+
+def settings_of(given: str) -> dict[str, Any]:
+    """Dotted recipe key -> value that the weights need, as config.json tells; empty without one."""
+    parts = config_of(given).get("parts", {})
+    found: dict[str, Any] = {}
+    if "rwkv" in parts:
+        sizes = parts["rwkv"]
+        found |= {"recurrence": sizes["recurrence"]["name"]}
+        found |= {"model.d_model": sizes["d_model"], "model.n_layer": sizes["n_layer"]}
+        found |= {f"recurrence.{k}": v for k, v in sizes["recurrence"].items() if k != "name"}
+    if "proj" in parts:
+        found |= {"projector": parts["proj"]["name"]}
+        found |= {f"projector.{k}": v for k, v in parts["proj"].items() if k == "form"}
+    return found
 
 
 def absent(given: str, *, key: str, download: str) -> str:
