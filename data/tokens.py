@@ -42,6 +42,8 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
 
+    def raw(self, ids: Sequence[int]) -> bytes: ...
+
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def save(self, path: Path) -> None: ...
@@ -91,15 +93,18 @@ class WorldTokenizer:
         """World ids by longest match. Raises ValueError where `text` is not valid Unicode."""
         return list(_encode(text))
 
+    def raw(self, ids: Sequence[int]) -> bytes:
+        """Bytes of `ids`, perhaps no whole UTF-8; padding is empty, a bad id is U+FFFD."""
+        entries = _entries()
+        return b"".join(entries[i] if 0 <= i < len(entries) else _BAD_TOKEN for i in ids)
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; padding is empty, a bad id or broken UTF-8 becomes U+FFFD.
 
         Paper: the original returns one U+FFFD for the *whole* string as soon as one id has no entry
         or the bytes are no UTF-8, so a single generated id 0 destroys an answer.
         """
-        entries = _entries()
-        tokens = (entries[i] if 0 <= i < len(entries) else _BAD_TOKEN for i in ids)
-        return b"".join(tokens).decode("utf-8", errors="replace")
+        return self.raw(ids).decode("utf-8", errors="replace")
 
     def save(self, path: Path) -> None:
         """Writes the vocabulary's name as JSON."""
@@ -163,9 +168,24 @@ class CompactTokenizer:
                 )
         return [self._row[i] for i in world]
 
+    def raw(self, ids: Sequence[int]) -> bytes:
+        """As `WorldTokenizer.raw`; ids from `size` on are bad tokens."""
+        return self._world.raw([self.world_ids[i] if 0 <= i < self.size else -1 for i in ids])
+
     def decode(self, ids: Sequence[int]) -> str:
         """As `WorldTokenizer.decode`; ids from `size` on are bad tokens."""
-        return self._world.decode([self.world_ids[i] if 0 <= i < self.size else -1 for i in ids])
+        return self.raw(ids).decode("utf-8", errors="replace")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer whose `save` wrote the file. Raises ValueError naming the file if none did."""
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no saved vocabulary can be read from it: {error}") from error
+    if stored == {"vocabulary": VOCABULARY}:
+        return WorldTokenizer()
+    return CompactTokenizer.load(path)
 
 
 def _save(path: Path, facts: dict[str, Any]) -> None:

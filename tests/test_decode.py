@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 import kernels
 from tests.helpers import component, make_batch, randomise, small_model
-from toolkit import generate, register
+from toolkit import continuation, register
+from toolkit.continuation import greedy
 from toolkit.contracts import Recurrence
 from toolkit.decode import Decoder, tensors
-from toolkit.generate import greedy
 from toolkit.lit import to_device
 from toolkit.trunk import LanguageModel, State
 
@@ -184,11 +184,11 @@ def test_a_decoder_is_kept_for_the_next_batch_of_its_size() -> None:
     four = make_batch(model, TEXTS, dtype=torch.float64)
     three = make_batch(model, TEXTS[:3], dtype=torch.float64)
     first = greedy(model, four, max_new_tokens=4, end_id=-1)
-    kept = generate._DECODERS[model]
+    kept = continuation._DECODERS[model.rwkv]
     assert greedy(model, four, max_new_tokens=4, end_id=-1) == first
-    assert generate._DECODERS[model] is kept
+    assert continuation._DECODERS[model.rwkv] is kept
     assert greedy(model, three, max_new_tokens=4, end_id=-1) == first[:3]
-    assert generate._DECODERS[model] is not kept
+    assert continuation._DECODERS[model.rwkv] is not kept
 
 
 def test_moved_weights_make_a_new_decoder() -> None:

@@ -7,8 +7,8 @@ import torch
 
 from tests.helpers import make_batch, small_model, take
 from toolkit import register
+from toolkit.continuation import greedy
 from toolkit.contracts import Batch
-from toolkit.generate import greedy
 from toolkit.model import VisualRWKV
 
 register.discover()

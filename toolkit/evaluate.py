@@ -11,8 +11,8 @@ import torch
 
 from data.records import Example
 from data.tokens import Tokenizer, trim_answer
+from toolkit.continuation import greedy
 from toolkit.contracts import Batch
-from toolkit.generate import greedy
 from toolkit.lit import to_device
 from toolkit.metrics import Prediction
 from toolkit.model import VisualRWKV
