@@ -119,6 +119,24 @@ def test_the_same_command_trains_nothing_twice_and_the_same_seed_gives_the_same_
     assert (other / "metrics.csv").read_text() != (folder / "metrics.csv").read_text()
 
 
+def test_points_while_training_change_nothing_and_are_kept(tmp_path: Path, cache: Path) -> None:
+    assert launch(tmp_path, cache, "features.cache=off") == 0
+    plain = only(tmp_path / "runs")
+    words = ["eval.every=1", "eval.every_limit=8", "hardware.micro_batch=4", "features.cache=off"]
+    assert launch(tmp_path / "probed", cache, *words) == 0
+    assert launch(tmp_path / "halves", cache, "hardware.micro_batch=4", "features.cache=off") == 0
+    probed, halves = only(tmp_path / "probed/runs"), only(tmp_path / "halves/runs")
+    assert probed.name != plain.name == halves.name
+    assert (probed / "metrics.csv").read_text() == (halves / "metrics.csv").read_text()
+    result, same = read(probed / "result.json"), read(halves / "result.json")
+    assert result["by_kind"] == same["by_kind"] and same["curve"] == []
+    # The closing evaluation is the last point, so it is not asked twice.
+    assert [(p["step"], p["n"]) for p in result["curve"]] == [(1, 8), (2, 8)]
+    lines = [json.loads(line) for line in (probed / "accuracy.jsonl").read_text().splitlines()]
+    assert lines == result["curve"] and sum(v["n"] for v in lines[0]["by_kind"].values()) == 8
+    assert result["floors"].keys() == result["by_kind"].keys() and result["image_tokens"] == 4
+
+
 TWO_STAGES = """\
 # Two stages: the projector alone, then all but the embedding.
 defaults:

@@ -40,6 +40,13 @@ def test_names_and_places_do_not_change_the_id_but_numbers_do() -> None:
     assert run_name(CFG) == f"rwkv6-2d-sandwich-s3-{run_id(CFG)}"
 
 
+def test_settings_that_came_later_leave_the_names_of_older_runs() -> None:
+    old = changed(eval={"split": "test", "limit": 0})
+    new = changed(eval={"split": "test", "limit": 0, "every": 0, "every_limit": 0})
+    asked = changed(eval={"split": "test", "limit": 0, "every": 100, "every_limit": 0})
+    assert run_id(old) == run_id(new) != run_id(asked)
+
+
 HOLD = """
 import sys, json
 from pathlib import Path

@@ -2,30 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import kernels
-from data.dataset import Examples
-from data.floors import blind, majority
-from data.loader import eval_loader, train_loader
+from data.loader import train_loader
 from data.plan import Plan
-from data.records import Example
 from data.tokens import WorldTokenizer
-from toolkit import checkpoint, metrics
+from toolkit import checkpoint, curve, metrics
 from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
 from toolkit.corpus import Corpus
-from toolkit.evaluate import answer_all, as_jsonl
-from toolkit.metrics import Prediction
+from toolkit.evaluate import as_jsonl
 from toolkit.model import VisualRWKV
 from toolkit.rundir import RunDir, provenance, write_json, write_text
 from toolkit.schema import RunConf
+from toolkit.scoring import evaluate, examples, floors, probes, scored_examples
 from toolkit.train import (
     choose_kernels,
     device_of,
@@ -91,12 +85,12 @@ def execute(conf: RunConf, run: RunDir) -> dict[str, Any]:
         predictions = evaluate(conf, corpus, model, features, device)
     write_text(run.predictions / f"{conf.eval.split}.jsonl", as_jsonl(predictions))
     learned_from = list(conf.stages.values())[-1].split
-    scored = scored_examples(conf, corpus)
     return {
         **metrics.summary(predictions),
-        "majority": majority(scored),
-        "blind": blind(corpus.readers[learned_from].all_examples(), scored),
+        **floors(corpus.readers[learned_from].all_examples(), scored_examples(conf, corpus)),
+        "image_tokens": model.n_image,
         **facts,
+        "curve": curve.read(run.curve),
         "vocabulary": corpus.tokenizer.size,
         "data": {split: reader.manifest_hash for split, reader in corpus.readers.items()},
         "kernels": kernels.chosen(),
@@ -134,7 +128,9 @@ def train(
         log.info("training was finished before: weights from %s", run.weights)
         return {key: int(facts[key]) for key in ("steps", "left_out")}
     logger = loggers(run.path, conf.log)
+    run.curve.unlink(missing_ok=True)
     total = left_out = 0
+    last = list(conf.stages)[-1]
     for name, stage in conf.stages.items():
         select_trainable(model, stage.train, stage.freeze, stage=name)
         model.train()
@@ -152,70 +148,27 @@ def train(
             workers=conf.hardware.workers,
             pin_memory=device_of(conf.hardware).type == "cuda",
         )
+        end = total + steps
         fit_stage(
-            model, loader, name=name, conf=conf, steps=steps, first_step=total, logger=logger, folder=run.path
+            model,
+            loader,
+            name=name,
+            conf=conf,
+            steps=steps,
+            first_step=total,
+            logger=logger,
+            folder=run.path,
+            callbacks=probes(
+                conf, run, corpus, model, features, first_step=total, last_step=end if name == last else 0
+            ),
         )
-        total += steps
+        total = end
         left_out += dataset.left_out
     if left_out:
         log.warning("%d overlong samples had no answer within model.ctx_len and were left out", left_out)
     done = {"steps": total, "left_out": left_out}
     checkpoint.save(run.weights, model, parts=parts, facts=done)
     return done
-
-
-def examples(
-    conf: RunConf,
-    corpus: Corpus,
-    split: str,
-    model: VisualRWKV,
-    features: dict[str, Any],
-    *,
-    prompt: Any,
-    answer: bool,
-) -> Examples:
-    """The samples of a split, as the model reads them."""
-    return Examples(
-        corpus.readers[split],
-        prompt=prompt,
-        tokenizer=corpus.tokenizer,
-        n_image=model.n_image,
-        ctx_len=conf.model.ctx_len,
-        overlong="cut" if conf.model.overlong == "cut" else "refuse",
-        transform=None if features else model.encoder.transform(),
-        features=features.get(split),
-        answer=answer,
-    )
-
-
-def scored_examples(conf: RunConf, corpus: Corpus) -> list[Example]:
-    """The examples that evaluation asks: the whole split, or its first `eval.limit`."""
-    found = corpus.readers[conf.eval.split].all_examples()
-    return list(itertools.islice(found, conf.eval.limit or None))
-
-
-def evaluate(
-    conf: RunConf, corpus: Corpus, model: VisualRWKV, features: dict[str, Any], device: torch.device
-) -> list[Prediction]:
-    """Predictions on the evaluation split."""
-    model.to(device)
-    dataset = examples(conf, corpus, conf.eval.split, model, features, prompt=corpus.prompt, answer=False)
-    loader = eval_loader(
-        dataset,
-        batch=conf.eval.batch,
-        limit=conf.eval.limit,
-        workers=conf.hardware.workers,
-        pin_memory=device.type == "cuda",
-    )
-    return answer_all(
-        model,
-        loader,
-        scored_examples(conf, corpus),
-        corpus.tokenizer,
-        max_new_tokens=conf.eval.max_new_tokens,
-        device=device,
-        bf16=conf.hardware.precision == "bf16",
-    )
 
 
 def check(cfg: Mapping[str, Any]) -> dict[str, Any]:

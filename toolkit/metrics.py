@@ -32,11 +32,14 @@ def accuracy(predictions: Sequence[Prediction]) -> float:
 
 
 def by_kind(predictions: Sequence[Prediction]) -> dict[str, dict[str, float]]:
-    """Question type -> accuracy and number, in alphabetical order."""
+    """Question type -> accuracy, its 95 % half width and number, in alphabetical order."""
     groups: dict[str, list[Prediction]] = defaultdict(list)
     for p in predictions:
         groups[p.kind or "all"].append(p)
-    return {kind: {"accuracy": accuracy(g), "n": len(g)} for kind, g in sorted(groups.items())}
+    return {
+        kind: {"accuracy": accuracy(g), "ci95": half_width(g), "n": len(g)}
+        for kind, g in sorted(groups.items())
+    }
 
 
 def half_width(predictions: Sequence[Prediction]) -> float:

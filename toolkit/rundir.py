@@ -20,6 +20,9 @@ NOT_IDENTITY = ("paths", "hardware", "title", "report", "plugins", "log")
 FROM_SCRATCH = {"weights": ""}
 """A part without weights: as if not asked, so that runs keep the names they had before it could be."""
 
+LATER = {"every": 0, "every_limit": 0}
+"""Settings of `eval` that came later, at the values that ask for nothing, for the same reason."""
+
 PACKAGES = (
     "torch",
     "lightning",
@@ -38,6 +41,8 @@ def run_id(cfg: Mapping[str, Any]) -> str:
     The precision is kept although it is set under `hardware`: it changes the numbers.
     """
     asked = {k: v for k, v in cfg.items() if k not in NOT_IDENTITY and v != FROM_SCRATCH}
+    if "eval" in asked:
+        asked["eval"] = {k: v for k, v in asked["eval"].items() if k not in LATER or v != LATER[k]}
     asked["precision"] = cfg["hardware"]["precision"]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
 
@@ -73,6 +78,7 @@ class RunDir:
         self.result = self.path / "result.json"
         self.status = self.path / "status.json"
         self.weights = self.path / "checkpoints" / "last"
+        self.curve = self.path / "accuracy.jsonl"
         self.predictions = self.path / "predictions"
 
     def finished(self) -> dict[str, Any] | None:

@@ -77,6 +77,8 @@ class EvalConf:
     batch: Positive = 256
     max_new_tokens: Positive = 8
     limit: Count = 0  # examples to score, 0: all
+    every: Count = 0  # steps between evaluations while training, 0: only at the end
+    every_limit: Count = 0  # examples to score at those, 0: as at the end
 
 
 @dataclass
@@ -112,8 +114,9 @@ class PathsConf:
 class ReportConf:
     """Plan of a table: which key its rows vary, and the paper's values beside ours."""
 
-    rows: str = ""
+    rows: str = ""  # key, keys with commas between, or `recipe`
     caption: str = ""
+    order: list[str] = field(default_factory=list)  # what to test: "2d > uni", "sandwich > prefix > suffix"
     published: dict[str, Any] = field(default_factory=dict)  # row -> {benchmark: value}
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +112,7 @@ def fit_stage(
     first_step: int,
     logger: list[Logger],
     folder: Path,
+    callbacks: Sequence[L.Callback] = (),
 ) -> None:
     """Trains one stage for `steps` optimizer steps; the loader yields micro batches for all of them."""
     stage = conf.stages[name]
@@ -129,7 +130,7 @@ def fit_stage(
             gradient_clip_val=stage.grad_clip or None,
             logger=logger,
             log_every_n_steps=min(conf.log.every, steps),
-            callbacks=[bar(name)],
+            callbacks=[bar(name), *callbacks],
             default_root_dir=folder,
             enable_progress_bar=sys.stdout.isatty(),
             enable_checkpointing=False,

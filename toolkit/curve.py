@@ -1,0 +1,64 @@
+"""Accuracy over training: evaluation at fixed steps, kept in the run directory line by line."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from toolkit.metrics import Prediction, summary
+
+log = logging.getLogger("toolkit.train")
+
+
+class Probe(L.Callback):
+    """Scores the model every `every` optimizer steps and appends a line to `file`.
+
+    first_step: optimizer steps of earlier stages. last_step: the run's last, which the closing evaluation
+    scores; 0 for a stage that is not the last. score: the predictions of the model as it is. The modes of
+    the modules are put back and no random number is drawn: training is the same with and without.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        *,
+        every: int,
+        first_step: int,
+        last_step: int,
+        score: Callable[[], list[Prediction]],
+    ) -> None:
+        self.file = file
+        self.every = every
+        self.first_step = first_step
+        self.last_step = last_step
+        self.score = score
+        self.done = first_step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = self.first_step + trainer.global_step
+        if step == self.done or step % self.every or step == self.last_step:
+            return
+        self.done = step
+        training = [module for module in pl_module.modules() if module.training]
+        began = time.monotonic()
+        scores = summary(self.score())
+        for module in training:
+            module.training = True
+        point = {"step": step, "seconds": round(time.monotonic() - began, 2), **scores}
+        with self.file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(point) + "\n")
+        log.info("step %d: accuracy %.2f %% on %d questions", step, 100 * scores["accuracy"], scores["n"])
+
+
+def read(file: Path) -> list[dict[str, Any]]:
+    """The points of a run, steps rising; none if it was not asked for them."""
+    lines: Sequence[str] = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]

@@ -1,0 +1,123 @@
+"""What a run reads and scores: samples of a split, predictions on them, floors, points while training."""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from data.dataset import Examples
+from data.floors import blind, majority
+from data.loader import eval_loader
+from data.records import Example
+from toolkit.corpus import Corpus
+from toolkit.curve import Probe
+from toolkit.evaluate import answer_all
+from toolkit.metrics import Prediction
+from toolkit.model import VisualRWKV
+from toolkit.rundir import RunDir
+from toolkit.schema import RunConf
+
+
+def examples(
+    conf: RunConf,
+    corpus: Corpus,
+    split: str,
+    model: VisualRWKV,
+    features: dict[str, Any],
+    *,
+    prompt: Any,
+    answer: bool,
+) -> Examples:
+    """The samples of a split, as the model reads them."""
+    return Examples(
+        corpus.readers[split],
+        prompt=prompt,
+        tokenizer=corpus.tokenizer,
+        n_image=model.n_image,
+        ctx_len=conf.model.ctx_len,
+        overlong="cut" if conf.model.overlong == "cut" else "refuse",
+        transform=None if features else model.encoder.transform(),
+        features=features.get(split),
+        answer=answer,
+    )
+
+
+def scored_examples(conf: RunConf, corpus: Corpus) -> list[Example]:
+    """The examples that evaluation asks: the whole split, or its first `eval.limit`."""
+    found = corpus.readers[conf.eval.split].all_examples()
+    return list(itertools.islice(found, conf.eval.limit or None))
+
+
+def evaluate(
+    conf: RunConf, corpus: Corpus, model: VisualRWKV, features: dict[str, Any], device: torch.device
+) -> list[Prediction]:
+    """Predictions on the evaluation split."""
+    model.to(device)
+    dataset = examples(conf, corpus, conf.eval.split, model, features, prompt=corpus.prompt, answer=False)
+    loader = eval_loader(
+        dataset,
+        batch=conf.eval.batch,
+        limit=conf.eval.limit,
+        workers=conf.hardware.workers,
+        pin_memory=device.type == "cuda",
+    )
+    return answer_all(
+        model,
+        loader,
+        scored_examples(conf, corpus),
+        corpus.tokenizer,
+        max_new_tokens=conf.eval.max_new_tokens,
+        device=device,
+        bf16=conf.hardware.precision == "bf16",
+    )
+
+
+def probes(
+    conf: RunConf,
+    run: RunDir,
+    corpus: Corpus,
+    model: VisualRWKV,
+    features: dict[str, Any],
+    *,
+    first_step: int,
+    last_step: int,
+) -> list[Probe]:
+    """None, or the evaluation every `eval.every` steps, on the first `eval.every_limit` examples."""
+    if not conf.eval.every:
+        return []
+    fewer = replace(conf, eval=replace(conf.eval, limit=conf.eval.every_limit or conf.eval.limit))
+
+    def score() -> list[Prediction]:
+        return evaluate(fewer, corpus, model, features, next(model.rwkv.parameters()).device)
+
+    return [Probe(run.curve, every=conf.eval.every, first_step=first_step, last_step=last_step, score=score)]
+
+
+def floors(train: Iterable[Example], scored: Sequence[Example]) -> dict[str, Any]:
+    """`majority` and `blind` of the whole split, and of each question type under `floors`."""
+    learned = list(train)
+    return {
+        "majority": majority(scored),
+        "blind": blind(learned, scored),
+        "floors": {
+            kind: {"majority": majority(asked), "blind": blind(_of_kind(learned, kind), asked)}
+            for kind, asked in sorted(_by_kind(scored).items())
+        },
+    }
+
+
+def _by_kind(examples: Iterable[Example]) -> dict[str, list[Example]]:
+    groups: defaultdict[str, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[example.kind or "all"].append(example)
+    return groups
+
+
+def _of_kind(examples: list[Example], kind: str) -> list[Example]:
+    """The examples of a type; all of them for a type that training does not have."""
+    return [e for e in examples if (e.kind or "all") == kind] or examples
