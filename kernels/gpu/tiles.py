@@ -73,15 +73,23 @@ def parts(x):
 
 @triton.jit
 def beside(high, low):
-    """Two [M, N] tiles as one [M, 2N], column by column."""
-    return tl.reshape(tl.join(high, low), (high.shape[0], 2 * high.shape[1]))
+    """Two [M, N] tiles side by side, [M, 2N]."""
+    both = tl.permute(tl.join(high, low), (0, 2, 1))  # [M, 2, N]
+    return tl.reshape(both, (high.shape[0], 2 * high.shape[1]))
 
 
 @triton.jit
 def together(x):
-    """The sum of the neighbouring columns of [M, 2N]: what a product with `beside` leaves to be done."""
-    high, low = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    """The sum of the two halves of [M, 2N]: what a product with `beside` leaves to be done."""
+    halves = tl.reshape(x, (x.shape[0], 2, x.shape[1] // 2))
+    high, low = tl.split(tl.permute(halves, (0, 2, 1)))
     return high + low
+
+
+@triton.jit
+def diagonal_of(x, i, j):
+    """The diagonal of [L, L] as [L, 1], folded first: it ends up in the layout of half as wide tiles."""
+    return tl.sum(together(tl.where(i == j, x, 0.0)), 1)[:, None]
 
 
 @triton.jit

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from .tiles import (
     LOG2E,
+    diagonal_of,
     level_pairs,
     level_sum,
     load_tile,
@@ -96,7 +97,7 @@ def backward(
         dquery = mm_left(dyt, s, SPLIT)
         dtotal = tl.sum(s * ds, 0) + tl.sum(query * dquery, 0)
         dscores = mm_both(dyt, tl.trans(vt), SPLIT)
-        ddiagonal = tl.sum(tl.where(i == j, dscores, 0.0), 1)[:, None]  # [L, 1]
+        ddiagonal = diagonal_of(dscores, i, j)  # [L, 1]
         tl.store(du + part, tl.sum(ddiagonal * rt * kt, 0))
         dquery += mm(tl.where(i > j, dscores, 0.0), key, SPLIT)
         drt = dquery * tl.exp2(ahead) + ddiagonal * kt * bonus
@@ -148,7 +149,7 @@ def backward_strong(
     fade = tl.exp2(tl.sum(wt.to(tl.float32), 0) * LOG2E)[None, :]
     dwt += tl.sum(s * ds * fade, 0)[None, :]
     dscores = mm_both(dyt, tl.trans(vt), SPLIT)
-    ddiagonal = tl.sum(tl.where(i == j, dscores, 0.0), 1)[:, None]  # [L, 1]
+    ddiagonal = diagonal_of(dscores, i, j)  # [L, 1]
     tl.store(du + part, tl.sum(ddiagonal * rt * kt, 0))
     dscores = tl.where(i > j, dscores, 0.0)
     dscores_t = tl.where(j > i, mm_both(vt, tl.trans(dyt), SPLIT), 0.0)

@@ -195,9 +195,12 @@ def walk(
         if SAVE:
             tl.store(chunks + where * (N * N) + square(cut, N, BV), s)
         decay = tl.sum(wt.to(tl.float32), 0) * -LOG2E  # [K], the whole chunk's
-        query = rt * tl.exp2(prefix(wt, row, i, j, N, L, STATIC, SPLIT))
+        before = prefix(wt, row, i, j, N, L, STATIC, SPLIT)
+        query = rt * tl.exp2(before)
         key = kt * tl.exp2(suffix(wt, row, n, i, j, N, L, STATIC, SPLIT))
-        diagonal = tl.sum(rt * kt * bonus[None, :], 1)  # [L]
+        # Always true, this condition keeps the sum in the layout of the products: without it the [L, L] tile
+        # that the sum goes into takes a turn through shared memory.
+        diagonal = tl.sum(tl.where(before < 1.0e30, rt * kt * bonus[None, :], 0.0), 1)  # [L]
         if strong:
             at = where * (L * L) + (j * L + i if REVERSE else i * L + j)
             found = tl.load(scores + at)
@@ -208,8 +211,7 @@ def walk(
                 found = mm(key, tl.trans(lead), SPLIT)
             else:
                 found = mm(lead, tl.trans(key), SPLIT)
-        found = tl.where(j > i if REVERSE else i > j, found, 0.0)
-        found += tl.where(i == j, diagonal[:, None], 0.0)
+        found = tl.where(j > i if REVERSE else i > j, found, tl.where(i == j, diagonal[:, None], 0.0))
         out = mm_right(found, xt, SPLIT)
         fade = tl.exp2(-decay)[None, :]
         if REVERSE:
