@@ -71,7 +71,7 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
     """
     try:
         return _read_header(path)
-    except (OSError, UnicodeDecodeError, RecursionError, TypeError, ValueError) as error:
+    except (OSError, LookupError, RecursionError, TypeError, ValueError) as error:
         said = str(error) or type(error).__name__
         raise ValueError(f"{path}: not a whole safetensors file: {said[:200]}") from error
 

@@ -9,14 +9,13 @@ give it up, without core dumps, with bounded memory, time and file size.
 from __future__ import annotations
 
 import ctypes
-import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
-SLACK = 1 << 30
-"""Bytes of address space beyond twice the file: torch's own work."""
+SLACK = 2 << 30
+"""Bytes of address space beyond twice the file: torch's own work, and what is imported later."""
 
 NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000
 
@@ -53,7 +52,6 @@ def answer(path: Path, folder: Path, seconds: int, *, as_is: bool) -> dict[str, 
 
     from toolkit.convert.convert import write_folder
 
-    importlib.import_module("toolkit.pretrained")  # before memory is bounded
     torch.set_num_threads(1)
     limit(path, seconds)
     try:

@@ -58,10 +58,11 @@ def write_folder(path: Path, folder: Path, *, as_is: bool) -> dict[str, Any]:
 
     Unpickles, unless the file is safetensors: the child process calls it then.
     """
+    source = open_source(path)
+    # Only now: a file that is refused, is refused without the seconds that these take.
     from toolkit.convert import plan as plans
     from toolkit.convert.write import write_safetensors
 
-    source = open_source(path)
     weights = source.tensors
     shapes = (
         weights.shapes() if isinstance(weights, Weights) else {n: tuple(t.shape) for n, t in weights.items()}

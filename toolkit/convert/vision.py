@@ -9,9 +9,6 @@ from typing import Any
 from toolkit.convert.faults import Shape, cause_of, compare
 from toolkit.naming import Found, inside, layer_of, layout_of
 
-TEXT = ("text_model.", "text.", "transformer.", "token_embedding.", "ln_final.")
-LOOSE = ("logit_scale", "logit_bias", "text_projection", "positional_embedding", "text_projection.weight")
-
 PROJECTORS: tuple[tuple[str, dict[str, Any], dict[str, tuple[str, ...]]], ...] = (
     ("linear", {}, {"weight": ("out", "in")}),
     (
@@ -71,16 +68,12 @@ def tower(path: object, shapes: Mapping[str, Shape]) -> tuple[dict[str, Any], se
             f"{', '.join(list(shapes)[:4])}); known are RWKV-4, 5.2 and 6, VisualRWKV v5.x and v6.0, and "
             "CLIP, SigLIP and DINOv2 towers in the naming of timm, open_clip and the HF libraries"
         )
-    names = {n: f for n, f in inside(shapes, found).items() if found.head or not _of_text(n, found)}
+    names = inside(shapes, found)
     kept = {n: shapes[f] for n, f in names.items()}
     _check_layers(path, kept, found)
     taken = set(names.values())
     taken |= {n for n in ("visual_projection.weight",) if n in shapes}
     return _facts(kept, found), taken
-
-
-def _of_text(name: str, found: Found) -> bool:
-    return found.layout.name == "timm" and (name.startswith(TEXT) or name in LOOSE)
 
 
 def _check_layers(path: object, shapes: Mapping[str, Shape], found: Found) -> None:
