@@ -1,0 +1,126 @@
+"""Recipes that name weights: what is checked before torch, what is told, and that nothing is copied."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.compositions import composed, one
+from toolkit.build import build_model, from_dict, on_meta
+from toolkit.convert.convert import convert
+from toolkit.explain import BadRecipe
+from toolkit.pretrained import fill, ghost, load_language_model
+from toolkit.rundir import run_id
+from toolkit.weights import Weights, part
+
+SIZES: dict[str, Any] = {
+    "recurrence": {"name": "rwkv6", "head_size": 16, "shift_rank": 4, "decay_rank": 8, "d_ffn": 64},
+    "d_model": 32,
+    "n_layer": 2,
+    "vocab_size": 65536,
+}
+WORDS = ["recurrence=rwkv6", "model.d_model=32", "model.n_layer=2", "model.vocab=world"]
+WORDS += [f"recurrence.{k}={v}" for k, v in SIZES["recurrence"].items() if k != "name"]
+BLANK = ["encoder=blank", "encoder.width=24", "encoder.grid=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A converted VisualRWKV file of bfloat16 weights: language model and projector."""
+    place = tmp_path_factory.mktemp("weights")
+    torch.manual_seed(0)
+    state = {f"rwkv.{n}": torch.randn(t.shape).bfloat16() for n, t in ghost(SIZES).state_dict().items()}
+    save_file({**state, "proj.weight": torch.randn(32, 24).bfloat16()}, place / "visual.safetensors")
+    convert(place / "visual.safetensors", place / "out")
+    return place / "out"
+
+
+def problems(*words: str, complete: bool = False) -> str:
+    with pytest.raises(BadRecipe) as error:
+        composed(*words, complete=complete)
+    return str(error.value)
+
+
+def test_a_recipe_starts_from_converted_weights(folder: Path) -> None:
+    weights = Weights(folder / "model.safetensors")
+    conf = from_dict(one(f"lm.weights={folder}", f"proj.weights={folder}", *WORDS, *BLANK))
+    model = build_model(conf, vocab_size=65536)
+    for name, parameter in {
+        **model.rwkv.state_dict(prefix="rwkv."),
+        "proj.weight": model.proj.weight,
+    }.items():
+        assert parameter.dtype == torch.float32 and torch.equal(parameter, weights[name].float()), name
+    assert all(p.requires_grad and not p.is_meta for p in model.parameters())
+    with on_meta():  # counting parameters reads no weights
+        assert build_model(conf, vocab_size=65536).rwkv.head.weight.is_meta
+
+
+def test_tensors_of_the_same_type_stay_mapped(folder: Path) -> None:
+    weights = Weights(folder / "model.safetensors")
+    names = part(weights, "rwkv.")
+    model = ghost(SIZES)
+    fill(model, weights, names, key="weights")
+    assert model.head.weight.data_ptr() == weights["rwkv.head.weight"].data_ptr()
+    loaded, sizes = load_language_model(str(folder), dtype=torch.float64)
+    assert loaded.head.weight.dtype == torch.float64 and sizes["vocabulary"] == "world"
+    assert torch.equal(loaded.head.weight.bfloat16(), model.head.weight)
+    assert not loaded.training
+
+
+@pytest.mark.parametrize(("word", "key", "fix"), [
+    ("model.d_model=64", "model.d_model", "model.d_model=32"),
+    ("model.n_layer=3", "model.n_layer", "model.n_layer=2"),
+    ("recurrence.shift_rank=8", "recurrence.shift_rank", "recurrence.shift_rank=4"),
+    ("model.vocab=dataset", "model.vocab", "model.vocab=world"),
+])  # fmt: skip
+def test_other_sizes_are_told_before_torch(word: str, key: str, fix: str, folder: Path) -> None:
+    words = [w for w in WORDS if not w.startswith(f"{key}=")]
+    said = problems(f"lm.weights={folder}", *words, word)
+    assert f"command line: {key}: {word.split('=')[1]}" in said and f"fix: {fix}" in said
+
+
+def test_another_recurrence_and_projector_are_told(folder: Path) -> None:
+    said = problems(f"lm.weights={folder}", "recurrence=rwkv5", *WORDS[1:4])
+    assert "made for rwkv6" in said and "fix: recurrence=rwkv6" in said
+    said = problems(f"proj.weights={folder}", "projector=mlp")
+    assert "mlp does not fit proj.weights" in said and "fix: projector=linear" in said
+
+
+def test_defaults_that_do_not_fit_are_told_with_what_does(folder: Path) -> None:
+    words = [w for w in WORDS if "shift_rank" not in w]
+    conf = from_dict(one(f"lm.weights={folder}", *words, *BLANK))
+    with pytest.raises(ValueError, match=r"lm\.weights: .*time_maa_w2 .*these weights want .*shift_rank=4"):
+        build_model(conf, vocab_size=65536)
+
+
+def test_missing_weights_say_what_to_download(tmp_path: Path) -> None:
+    said = problems("lm.weights=nowhere", complete=True)
+    assert "lm.weights: no file 'nowhere'" in said
+    assert "RWKV-x060-World-1B6-v2.1" in said and "BlinkDL/rwkv-6-world" in said
+    assert "python -m toolkit.convert FILE --to FOLDER" in said
+    assert "howard-hou/visualrwkv-6" in problems("proj.weights=nowhere", complete=True)
+    raw = tmp_path / "RWKV-x060.pth"
+    torch.save({}, raw)
+    for given in (raw, tmp_path):
+        said = problems(f"lm.weights={given}", complete=True)
+        assert f"`python -m toolkit.convert {raw} --to {raw.with_suffix('')}`" in said, said
+    assert composed("lm.weights=nowhere", "model.vocab=world")  # counting parameters needs no weights
+
+
+def test_weights_without_that_part(folder: Path, tmp_path: Path) -> None:
+    save_file({"proj.weight": torch.zeros(32, 24)}, tmp_path / "half.safetensors")
+    conf = from_dict(one(f"lm.weights={tmp_path / 'half.safetensors'}", *WORDS, *BLANK))
+    with pytest.raises(ValueError, match=r"holds no rwkv\.\* tensors, only proj"):
+        build_model(conf, vocab_size=65536)
+    with pytest.raises(ValueError, match=r"no config\.json with the sizes"):
+        load_language_model(str(tmp_path / "half.safetensors"))
+
+
+def test_a_run_from_scratch_keeps_its_name(folder: Path) -> None:
+    plain, pretrained = one(*WORDS), one(*WORDS, f"lm.weights={folder}")
+    older = {k: v for k, v in plain.items() if k not in ("lm", "proj")}
+    assert run_id(plain) == run_id(older) != run_id(pretrained)
