@@ -111,12 +111,10 @@ def _head_kernel(
 
 
 @triton.jit
-def _mix(mixes, before, now, out, at, d, inside, OF_PREVIOUS: tl.constexpr):
+def _shares(mixes, d, inside, OF_PREVIOUS: tl.constexpr):
+    """How much of the previous token a mix takes."""
     share = tl.load(mixes + d, mask=inside, other=0).to(tl.float32)
-    if not OF_PREVIOUS:
-        share = 1 - share
-    mixed = now + (before - now) * share
-    tl.store(out + at, mixed.to(out.dtype.element_ty), mask=inside)
+    return share if OF_PREVIOUS else 1 - share
 
 
 @triton.jit
@@ -129,8 +127,13 @@ def _norm_shift_kernel(
     d = tl.arange(0, BLOCK)
     inside = d < width
     at = row * width + d
+    # All loads come before the first store: a store that might alias would make them wait for each other.
     scale = tl.load(weight + d, mask=inside, other=0).to(tl.float32)
     offset = tl.load(bias + d, mask=inside, other=0).to(tl.float32)
+    s0 = _shares(m0, d, inside, OF_PREVIOUS) if MIXES > 0 else scale
+    s1 = _shares(m1, d, inside, OF_PREVIOUS) if MIXES > 1 else scale
+    s2 = _shares(m2, d, inside, OF_PREVIOUS) if MIXES > 2 else scale
+    s3 = _shares(m3, d, inside, OF_PREVIOUS) if MIXES > 3 else scale
     if EARLY:
         nv.gdc_wait()
         nv.gdc_launch_dependents()
@@ -152,14 +155,16 @@ def _norm_shift_kernel(
         tl.store(normed + at, kept, mask=inside)
     else:
         tl.store(previous + at, kept, mask=inside)
+    change = before - now
+    kind: tl.constexpr = out.dtype.element_ty
     if MIXES > 0:
-        _mix(m0, before, now, out, at, d, inside, OF_PREVIOUS)
+        tl.store(out + at, (now + change * s0).to(kind), mask=inside)
     if MIXES > 1:
-        _mix(m1, before, now, out + step, at, d, inside, OF_PREVIOUS)
+        tl.store(out + step + at, (now + change * s1).to(kind), mask=inside)
     if MIXES > 2:
-        _mix(m2, before, now, out + 2 * step, at, d, inside, OF_PREVIOUS)
+        tl.store(out + 2 * step + at, (now + change * s2).to(kind), mask=inside)
     if MIXES > 3:
-        _mix(m3, before, now, out + 3 * step, at, d, inside, OF_PREVIOUS)
+        tl.store(out + 3 * step + at, (now + change * s3).to(kind), mask=inside)
 
 
 @triton.jit
