@@ -93,6 +93,8 @@ def _head_kernel(
     query = tl.load(r + at, mask=inside, other=0).to(tl.float32)
     key = tl.load(k + at, mask=inside, other=0).to(tl.float32)
     value = tl.load(v + at, mask=inside, other=0).to(tl.float32)
+    if END:
+        g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
     if LOG_W == 2:
         w += tl.load(log_w + at, mask=inside, other=0).to(tl.float32)
     if LOG_W == 1:
@@ -105,7 +107,6 @@ def _head_kernel(
         mean = tl.sum(out, 0) / N  # beyond N, v and the state are zero, and so is out
         centred = tl.where(inside, out - mean, 0)
         out = centred * tl.rsqrt(tl.sum(centred * centred, 0) / N + eps) * scale + offset
-        g = tl.load(gate + at, mask=inside, other=0).to(tl.float32)
         out *= g * tl.sigmoid(g)
     tl.store(y + at, out.to(y.dtype.element_ty), mask=inside)
 
