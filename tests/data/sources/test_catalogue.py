@@ -11,9 +11,11 @@ from data import sources
 from tests.data.helpers import shard_folder
 from toolkit import register
 
+NAMES = {"easy_vqa", "llava", "shards", "scenes", "sort_of_clevr"}
+
 
 def test_sources_are_registered():
-    assert {"easy_vqa", "llava", "shards"} <= set(register.components("data"))
+    assert set(register.components("data")) >= NAMES
     assert register.components("data")["llava"].parameters["images"].required
 
 
@@ -30,7 +32,7 @@ def test_the_catalogue_imports_nothing_heavy():
 def test_implementing_modules_do_not_hide_the_factories(tmp_path):
     """A submodule of the same name would replace the function in the package."""
 
-    assert all(callable(getattr(sources, name)) for name in ("easy_vqa", "llava", "shards"))
+    assert all(callable(getattr(sources, name)) for name in NAMES)
 
 
 def test_shards_gives_folders_as_they_are(tmp_path):
