@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -232,9 +233,8 @@ def vit(**options: Any) -> Any:
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(1)
-    model = VisionTransformer(
-        img_size=32, patch_size=16, embed_dim=24, depth=2, num_heads=2, num_classes=0, **options
-    )
+    small = {"img_size": 32, "patch_size": 16, "embed_dim": 24, "depth": 2, "num_heads": 2, "num_classes": 0}
+    model = VisionTransformer(**{**small, **options})
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter))
@@ -266,6 +266,28 @@ def test_towers_of_the_hub_in_timms_names(family: str, tmp_path: Path, here: Non
         torch.testing.assert_close(found[name], own[name], rtol=0, atol=1e-6)
     to_pth(tmp_path / "out", tmp_path / "back.bin")
     assert same(read_back(tmp_path / "back.bin"), {n: t for n, t in state.items() if "text_" not in n})
+
+
+def test_a_clip_of_the_hub_in_timm(tmp_path: Path, here: None) -> None:
+    """The golden tower in timm's architecture: features of the original."""
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    from components.encoders.weights import read_state
+
+    golden = load_file(GOLDEN / "visualrwkv_v5.safetensors")
+    torch.save({n: t for n, t in golden_file(5).items() if n != "proj.weight"}, tmp_path / "visual.pth")
+    convert(tmp_path / "visual.pth", tmp_path / "out")
+    clip = {"img_size": 56, "patch_size": 14, "embed_dim": 48, "num_heads": 4, "mlp_ratio": 2.0}
+    model = vit(
+        **clip, pre_norm=True, act_layer="quick_gelu", norm_layer=partial(torch.nn.LayerNorm, eps=1e-5)
+    )
+    model.load_state_dict(checkpoint_filter_fn(read_state(str(tmp_path / "out"), library="timm"), model))
+    pixels, expected = golden["in0/images"][:, 0], golden["in0/vision_features"]
+    with torch.no_grad():
+        (found,) = model.eval().forward_intermediates(
+            pixels, indices=[-1], norm=False, intermediates_only=True, output_fmt="NLC"
+        )
+    torch.testing.assert_close(found, expected[:, 1:], rtol=1e-4, atol=1e-5)
 
 
 def test_open_clip_and_timm_towers_as_they_are(tmp_path: Path, here: None) -> None:
@@ -571,7 +593,10 @@ def test_the_command_says_how_to_use_what_it_wrote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The whole way with the child process, once."""
-    torch.save(golden_file(6), tmp_path / "visual.pth")
+    state = golden_file(6)
+    for end in ("emb", "head"):  # the golden files have 320 of them
+        state[f"rwkv.{end}.weight"] = torch.zeros(65536, 64)
+    torch.save(state, tmp_path / "visual.pth")
     out = tmp_path / "made" / "out"
     assert main([str(tmp_path / "visual.pth"), "--to", str(out)]) == 0
     said = capsys.readouterr().out
@@ -585,6 +610,13 @@ def test_the_command_says_how_to_use_what_it_wrote(
     assert "emb.weight" in read_back(tmp_path / "back.pth")
     assert main([str(tmp_path / "nowhere"), "--to", str(tmp_path / "x")]) == 2
     assert "no such file" in capsys.readouterr().err
+
+
+def test_a_pile_model_is_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str], here: None) -> None:
+    torch.save(language_model("rwkv4", vocab=50304).state_dict(), tmp_path / "pile.pth")
+    assert main([str(tmp_path / "pile.pth"), "--to", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "this model has another (pile, 50,304 tokens)" in said and "lm.weights" not in said
 
 
 def test_as_is_keeps_what_is_not_known(tmp_path: Path, here: None) -> None:

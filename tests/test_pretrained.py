@@ -71,6 +71,16 @@ def test_tensors_of_the_same_type_stay_mapped(folder: Path) -> None:
     assert not loaded.training
 
 
+def test_a_language_model_file_without_prefix(folder: Path, tmp_path: Path) -> None:
+    """What other tools write as safetensors can be given as it is."""
+    weights = Weights(folder / "model.safetensors")
+    plain = {n.removeprefix("rwkv."): t for n, t in weights.items() if n.startswith("rwkv.")}
+    save_file(plain, tmp_path / "plain.safetensors")
+    conf = from_dict(one(f"lm.weights={tmp_path / 'plain.safetensors'}", *WORDS, *BLANK))
+    model = build_model(conf, vocab_size=65536)
+    assert torch.equal(model.rwkv.ln_out.weight, weights["rwkv.ln_out.weight"].float())
+
+
 @pytest.mark.parametrize(("word", "key", "fix"), [
     ("model.d_model=64", "model.d_model", "model.d_model=32"),
     ("model.n_layer=3", "model.n_layer", "model.n_layer=2"),

@@ -111,7 +111,7 @@ LAYOUTS = (
     Layout(
         "HF DINOv2",
         "dinov2",
-        "embeddings.patch_embeddings.projection.weight",
+        "encoder.layer.0.layer_scale1.lambda1",  # the hub's plain ViTs have the rest of these names too
         "encoder.layer.",
         ("", "dinov2.", "dinov2_with_registers."),
         (

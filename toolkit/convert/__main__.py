@@ -60,6 +60,9 @@ def usage(folder: Path, parts: dict[str, Any]) -> list[str]:
     lines = []
     if "rwkv" in parts:
         sizes = parts["rwkv"]
+        if sizes["vocabulary"] != "world":
+            note = "recipes tokenise with the world vocabulary; this model has another"
+            return [f"{note} ({sizes['vocabulary']}, {sizes['vocab_size']:,} tokens)"]
         name = sizes["recurrence"]["name"]
         options = " ".join(f"recurrence.{k}={v}" for k, v in sizes["recurrence"].items() if k != "name")
         lines.append(

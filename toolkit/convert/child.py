@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,9 +22,12 @@ NEW_USER, NEW_NETWORK = 0x10000000, 0x40000000
 
 
 def leave_network() -> None:
-    """An empty network of its own, if the system allows it (in many containers it does not)."""
+    """An empty network of its own, if the system allows it (in many containers it does not).
+
+    Root needs no users of its own for that, and would lose its right to read other users' files.
+    """
     if sys.platform == "linux":
-        ctypes.CDLL(None).unshare(NEW_USER | NEW_NETWORK)
+        ctypes.CDLL(None).unshare(NEW_NETWORK if os.geteuid() == 0 else NEW_NETWORK | NEW_USER)
 
 
 def limit(path: Path, seconds: int) -> None:

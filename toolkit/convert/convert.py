@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -127,6 +128,10 @@ def _in_a_child(path: Path, folder: Path, seconds: int, *, as_is: bool) -> dict[
     except subprocess.TimeoutExpired as error:
         raise ValueError(f"{path}: not converted within {seconds} s; --time-limit gives it longer") from error
     lines = done.stdout.strip().splitlines()
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL, 128 + signal.SIGKILL):
+        raise ValueError(
+            f"{path}: used up its {seconds} s of processor time, or the machine's memory; refused"
+        )
     if done.returncode or not lines:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
         raise ValueError(f"{path}: the process that read it ended without an answer ({last[:200]})")

@@ -104,7 +104,7 @@ def _needed(name: str, found: Found) -> bool:
 
 
 def _facts(shapes: Mapping[str, Shape], found: Found) -> dict[str, Any]:
-    patches = next((s for n, s in shapes.items() if len(s) == 4 and "patch" in n + found.layout.probe), ())
+    patches = next((s for n, s in shapes.items() if len(s) == 4 and "patch" in n), ())
     patches = patches or next((s for s in shapes.values() if len(s) == 4), (0, 0, 0, 0))
     tables = ("positional_embedding", "pos_embed", "position_embedding.weight", "position_embeddings")
     table = next((s for n, s in shapes.items() if n.endswith(tables)), (0, 0))
