@@ -116,6 +116,7 @@ class ReportConf:
 
     rows: str = ""  # key, keys with commas between, or `recipe`
     caption: str = ""
+    best: str = ""  # key of which each row keeps the value with the best mean accuracy, e.g. stages.tune.lr
     order: list[str] = field(default_factory=list)  # what to test: "2d > uni", "sandwich > prefix > suffix"
     published: dict[str, Any] = field(default_factory=dict)  # row -> {benchmark: value}
 

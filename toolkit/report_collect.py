@@ -1,0 +1,108 @@
+"""From a table recipe to its finished runs: every row and seed composed, its result looked up by run id."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from toolkit import compose
+from toolkit.explain import fail
+from toolkit.layers import parse, resolve
+from toolkit.report_table import ALL, Point, Row, Run, Score, Table
+from toolkit.rundir import RunDir
+
+
+def collect(recipe: str, overrides: Sequence[str], *, step: int = 0) -> Table:
+    """Composes every row and seed of a table recipe and looks its results up by run id.
+
+    step: report as it was after so many optimizer steps; 0: at the end.
+    """
+    request = compose.understand([f"recipe={recipe}", *overrides])
+    fixed = tuple(g for g in parse(request.arguments) if not g.override.is_sweep_override())
+    asked = compose.compose(compose.Job(fixed, resolve(fixed)), complete=False)
+    plan = asked["report"]
+    rows: dict[tuple[str, str], Row] = {}
+    if not plan["rows"]:
+        raise fail(recipe, "report.rows", "this recipe is no table", fix="name one, e.g. ablation/scan")
+    for job in request.jobs:
+        cfg = compose.compose(job)
+        parts = (job.recipe,) if plan["rows"] == "recipe" else row_parts(cfg, plan["rows"])
+        chosen = str(_value(cfg, plan["best"])) if plan["best"] else ""
+        name = ", ".join(parts)
+        row = rows.setdefault((name, chosen), Row(name, parts, chosen=chosen))
+        result = RunDir(Path(cfg["paths"]["runs"]).expanduser(), cfg).finished()
+        if result is None:
+            row.missing.append("python -m toolkit.run " + " ".join(dict.fromkeys(job.overrides)))
+        else:
+            run = run_of(cfg, result)
+            _refuse_twins(recipe, row, run)
+            row.runs.append(run.until(step) if step else run)
+    kept = _best(list(rows.values()))
+    _name(kept)
+    facts = {key: plan[key] for key in ("caption", "published", "order", "best")}
+    return Table(recipe, asked["title"], **facts, rows=kept, step=step)
+
+
+def row_parts(cfg: Mapping[str, Any], keys: str) -> tuple[str, ...]:
+    """The values of the keys that rows vary: a component's name, or a setting by its dotted path."""
+    return tuple(str(_value(cfg, key.strip())) for key in keys.split(","))
+
+
+def _value(cfg: Mapping[str, Any], key: str) -> Any:
+    value: Any = cfg
+    for part in key.split("."):
+        value = value[part]
+    return value["name"] if isinstance(value, dict) else value
+
+
+def _best(rows: list[Row]) -> list[Row]:
+    """Of rows with one name the one with the best mean accuracy; what others miss is still missing."""
+    groups: dict[str, list[Row]] = {}
+    for row in rows:
+        groups.setdefault(row.name, []).append(row)
+    kept = []
+    for same in groups.values():
+        best = max(same, key=lambda row: row.mean(ALL) or 0.0)
+        best.missing = [command for row in same for command in row.missing]
+        kept.append(best)
+    return kept
+
+
+def _refuse_twins(recipe: str, row: Row, run: Run) -> None:
+    if any(other.seed == run.seed for other in row.runs):
+        what = f"row {row.name!r} has two runs of seed {run.seed}, so another key varies too"
+        fix = "name every key that varies but the seed (rows: scan,prompt), or choose by it (report.best)"
+        raise fail(recipe, "report.rows", what, fix=fix)
+
+
+def run_of(cfg: Mapping[str, Any], result: dict[str, Any]) -> Run:
+    """A run from its config and its result.json, also one written before points were kept."""
+    tokens = result["image_tokens"] if "image_tokens" in result else _image_tokens(cfg)
+    seen = [*result.get("curve", ()), {"step": result["steps"], **result}]
+    arm = {kind: str(cfg[kind]["name"]) for kind in ("recurrence", "scan", "prompt")}
+    return Run(int(result["seed"]), arm, tokens, tuple(_point(p) for p in seen), result)
+
+
+def _image_tokens(cfg: Mapping[str, Any]) -> int:
+    from toolkit.job import check
+
+    return int(check(cfg)["image_tokens"])
+
+
+def _point(scores: Mapping[str, Any]) -> Point:
+    kinds = {ALL: scores, **{k: v for k, v in scores["by_kind"].items() if k != ALL}}
+    found = {k: Score(v["accuracy"], v["n"], v.get("ci95")) for k, v in kinds.items()}
+    return Point(int(scores["step"]), found)
+
+
+def _name(rows: list[Row]) -> None:
+    """Labels for people: names without the folder and words that all share."""
+    first, last = min(row.name for row in rows), max(row.name for row in rows)
+    shared = "".join(
+        a for a, _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False))
+    )
+    cut = max(shared.rfind("/"), shared.rfind("_")) + 1
+    for row in rows:
+        row.label = row.name[cut:]
