@@ -546,6 +546,7 @@ WRONG: dict[str, tuple[Change, tuple[str, ...]]] = {
     ),
     "far layer": (lambda s: s | {"blocks.99999.att.time_decay": Z}, ("100000 layers",)),
     "none of ours": (lambda s: {"model.layers.0.mlp.weight": Z}, ("names no model that is known here",)),
+    "control characters": (lambda s: {"\x1b[2J": Z, "a" * 5000: Z}, ("first tensors: ?[2J, aaa",)),
     "empty": (lambda s: {}, ("holds no tensors",)),
     "v5.2": (
         lambda s: {f"rwkv.{n}": t for n, t in s.items()} | {"rwkv.blocks.2.tiny_att.tiny_q.weight": Z},
@@ -574,6 +575,7 @@ def test_wrong_keys_are_told_by_group_with_the_cause(kind: str, tmp_path: Path, 
         convert(tmp_path / "model.pth", tmp_path / "out")
     message = str(error.value)
     assert message.startswith(f"{tmp_path / 'model.pth'}: ") and len(message.splitlines()) <= 6
+    assert len(message) < 1000
     assert all(words in message for words in said), message
 
 

@@ -119,5 +119,6 @@ def ranges(numbers: Iterable[int]) -> str:
 
 
 def few(names: list[str]) -> str:
-    shown = ", ".join(names[:_SHOWN])
+    """The first of them; what a file puts into its names cannot reach the terminal as control characters."""
+    shown = ", ".join("".join(c if c.isprintable() else "?" for c in n[:100]) for n in names[:_SHOWN])
     return shown + (f" and {len(names) - _SHOWN} more groups" if len(names) > _SHOWN else "")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from toolkit.convert.faults import Shape, cause_of, compare
+from toolkit.convert.faults import Shape, cause_of, compare, few
 from toolkit.naming import Found, inside, layer_of, layout_of
 
 PROJECTORS: tuple[tuple[str, dict[str, Any], dict[str, tuple[str, ...]]], ...] = (
@@ -65,7 +65,7 @@ def tower(path: object, shapes: Mapping[str, Shape]) -> tuple[dict[str, Any], se
         other = cause_of(shapes)
         raise ValueError(
             f"{path}: {'is ' + other if other else 'names no model that is known here'} (first tensors: "
-            f"{', '.join(list(shapes)[:4])}); known are RWKV-4, 5.2 and 6, VisualRWKV v5.x and v6.0, and "
+            f"{few(list(shapes)[:4])}); known are RWKV-4, 5.2 and 6, VisualRWKV v5.x and v6.0, and "
             "CLIP, SigLIP and DINOv2 towers in the naming of timm, open_clip and the HF libraries"
         )
     names = inside(shapes, found)
