@@ -1,6 +1,35 @@
-"""Declarative VisualRWKV research: compose encoders, projectors, scans, prompts and recurrences by recipe."""
+"""Declarative VisualRWKV research: compose encoders, projectors, scans, prompts and recurrences by recipe.
+
+import toolkit
+model = toolkit.load("runs/...")
+print(model.answer("cat.jpg", "What is on the sofa?"))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from toolkit import register
+from toolkit.sampling import Sampling
 
-__all__ = ["register"]
+if TYPE_CHECKING:
+    from toolkit.session import Answerer
+
+__all__ = ["Sampling", "load", "register"]
 __version__ = "0.1.0"
+
+
+def load(
+    path: str | Path, *, device: str = "auto", precision: str = "", plugins: Sequence[str] = ()
+) -> Answerer:
+    """The model of a finished run, or of a converted language model, ready to be asked.
+
+    path: a run's directory, or a folder that `python -m toolkit.convert` wrote. device: auto, cpu or cuda.
+    precision: fp32 or bf16; empty is the run's own. plugins: modules that register the run's own
+    components, imported because you name them. Raises ValueError that says what to do.
+    """
+    from toolkit import loading
+
+    return loading.load(path, device=device, precision=precision, plugins=plugins)

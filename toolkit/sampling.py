@@ -76,7 +76,7 @@ class Picker:
         options = self.options
         if options.repetition_penalty != 1:
             if self._seen is None:
-                self._seen = logits.isnan().logical_and(False)
+                self._seen = logits.new_zeros(logits.shape).bool()
             logits = penalised(logits, self._seen, options.repetition_penalty)
         if options.greedy:
             token = logits.argmax(dim=-1)
