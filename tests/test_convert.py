@@ -492,6 +492,16 @@ def test_the_child_is_stopped_after_its_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
+def test_a_file_that_asks_for_memory_it_does_not_hold(tmp_path: Path) -> None:
+    path = tmp_path / "swollen.pth"
+    torch.save({"a": torch.zeros(1_000_003)}, path, _use_new_zipfile_serialization=False)
+    sizes = [b"J" + n.to_bytes(4, "little") for n in (1_000_003, (1 << 31) - 1)]  # 4 MB say they are 8 GiB
+    path.write_bytes(path.read_bytes().replace(*sizes))
+    with pytest.raises(ValueError, match=f"^{path}: needs more memory than a file of its size"):
+        convert(path, tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of address space are Linux's")
 def test_the_childs_limits(tmp_path: Path) -> None:
     import subprocess
 

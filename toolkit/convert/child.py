@@ -64,10 +64,6 @@ def answer(path: Path, folder: Path, seconds: int, *, as_is: bool) -> dict[str, 
         return {"error": str(error)}
     except MemoryError:
         return {"error": f"{path}: needs more memory than a file of its size should; refused"}
-    except RuntimeError as error:
-        if "alloc" not in str(error) and "mmap" not in str(error):
-            raise
-        return {"error": f"{path}: needs more memory than a file of its size should; refused"}
 
 
 def main(words: list[str]) -> int:

@@ -99,9 +99,9 @@ def load_plain(path: Path, kind: str) -> Any:
             f"{path}: holds more than tensors and plain containers, perhaps code; refused "
             f"({_first_line(error)})"
         ) from error
-    except MemoryError:
-        raise
     except Exception as error:
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):
+            raise MemoryError from error
         raise ValueError(f"{path}: not a whole weight file ({_first_line(error)})") from error
 
 
