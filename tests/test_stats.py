@@ -48,7 +48,7 @@ def test_too_few_seeds_or_no_spread() -> None:
     same = paired({s: 0.5 for s in range(3)}, {s: 0.5 for s in range(3)})
     assert same is not None and same.p == 1.0
     always = paired({s: 0.75 for s in range(3)}, {s: 0.5 for s in range(3)})  # sign flips: 2 of 8 as extreme
-    assert always is not None and always.p == 0.25
+    assert always is not None and always.p == 0.25 and always.half95 is None
     assert spread([0.5]) is None and spread([1, 2, 3]) == 1
 
 

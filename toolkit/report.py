@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from toolkit.explain import guarded
+from toolkit.explain import COMMAND_LINE, fail, guarded
 from toolkit.report_collect import collect
 from toolkit.report_plot import figure
 from toolkit.report_table import Table, raw
@@ -41,9 +41,8 @@ def write_raw(table: Table, file: Path) -> Path:
             if json.loads(line)["table"] != table.recipe:
                 kept.append(line)
         except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"--raw {file}: line {number} is no row of a table; name another file"
-            ) from error
+            what = f"line {number} is no row of a table"
+            raise fail(COMMAND_LINE, f"--raw {file}", what, fix="name another file") from error
     write_text(file, "".join(f"{line}\n" for line in [*kept, *map(json.dumps, raw(table))]))
     return file
 

@@ -41,6 +41,7 @@ def figure(table: Table, path: Path) -> Path:
     columns = _columns(n)
     rows = -(-n // columns)
     width, height = _PANEL
+    width += 0.06 * max(0, max(len(row.label) for row in table.rows) - 5)
     drawing = Figure(figsize=(width * columns + 0.3, height * rows + 0.75), layout="constrained")
     drawing.get_layout_engine().set(w_pad=0.08, h_pad=0.08)  # type: ignore[call-arg,union-attr]
     grid = drawing.subplots(rows, columns, squeeze=False)

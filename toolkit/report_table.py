@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from toolkit.explain import COMMAND_LINE, fail
 from toolkit.stats import Curve, first_step, over_training, spread
 
 ALL = "all"
@@ -53,13 +54,13 @@ class Run:
         return [(p.step, p.scores[kind].accuracy) for p in self.points if kind in p.scores]
 
     def until(self, step: int) -> Run:
-        """The run as it was after `step` steps; ValueError if it was not evaluated there."""
+        """The run as it was after `step` steps; BadRecipe if it was not evaluated there."""
         kept = tuple(p for p in self.points if p.step <= step)
         if not kept or kept[-1].step != step:
             steps = ", ".join(str(p.step) for p in self.points)
-            raise ValueError(
-                f"--step {step}: seed {self.seed} of {self.arm} was evaluated after {steps} steps; take one "
-                "of these, or train with eval.every"
+            what = f"seed {self.seed} of {' '.join(self.arm.values())} was evaluated after {steps} steps"
+            raise fail(
+                COMMAND_LINE, f"--step {step}", what, fix="take one of these, or train with eval.every"
             )
         return replace(self, points=kept)
 

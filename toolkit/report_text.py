@@ -100,7 +100,10 @@ def notes(table: Table) -> list[str]:
         "Parameters are those of the part that reads the sequence; encoder and budget are the recipe's."
     )
     if table.best:
-        told.append(f"Each row keeps the {table.best} with its best mean accuracy, of one grid for all rows, on these questions.")
+        told.append(
+            f"Each row keeps the {table.best} with its best mean accuracy on these questions, "
+            "of one grid for all rows."
+        )
     commits = {r.result["commit"] for r in table.runs}
     if len(commits) > 1:
         told.append(
@@ -149,7 +152,7 @@ def legend(table: Table) -> str:
         "widest of the seeds. "
     )
     if not table.curves:
-        return text + "No run was evaluated while training (eval.every), so there are no steps and no curves."
+        return text + "No evaluation before the last (eval.every), so no steps and no curves."
     return text + (
         f"steps to {100 * LEVEL:.0f} %: median over seeds of the first evaluated step at or above it, in "
         "brackets the seeds that got there. over training: mean accuracy over the evaluated steps. "

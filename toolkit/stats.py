@@ -22,7 +22,7 @@ Curve = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Paired:
-    """Differences a - b over the seeds that both arms have; `half95` and `p` are None for one seed.
+    """Differences a - b over the seeds that both arms have; `half95`, `p`: None where unknown.
 
     mean: of the differences; half95: half of its 95 % interval; p: two-sided; ahead: seeds with a > b.
     """
@@ -46,8 +46,8 @@ def spread(values: Sequence[float]) -> float | None:
 def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired | None:
     """Paired t test of a - b, both seed -> value; None without a common seed.
 
-    Differences that are all the same have no spread to measure by; their p is that of the exact
-    sign-flip test, 2^(1-n), and 1 if they are all zero.
+    Differences that are all the same have no spread to measure by: no interval, and the p of the exact
+    sign-flip test, 2^(1-n), or 1 if they are all zero.
     """
     found = [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
     if not found:
@@ -57,7 +57,7 @@ def paired(a: Mapping[int, float], b: Mapping[int, float]) -> Paired | None:
         return Paired(n, mean, None, None, ahead)
     error = statistics.stdev(found) / math.sqrt(n)
     if error < 1e-12:
-        return Paired(n, mean, 0.0, 2.0 ** (1 - n) if abs(mean) > 1e-12 else 1.0, ahead)
+        return Paired(n, mean, None, 2.0 ** (1 - n) if abs(mean) > 1e-12 else 1.0, ahead)
     return Paired(n, mean, t_quantile(ALPHA, n - 1) * error, t_two_sided(mean / error, n - 1), ahead)
 
 
