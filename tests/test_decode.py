@@ -184,11 +184,11 @@ def test_a_decoder_is_kept_for_the_next_batch_of_its_size() -> None:
     four = make_batch(model, TEXTS, dtype=torch.float64)
     three = make_batch(model, TEXTS[:3], dtype=torch.float64)
     first = greedy(model, four, max_new_tokens=4, end_id=-1)
-    kept = continuation._DECODERS[model.rwkv]
+    kept = continuation._DECODERS[model]
     assert greedy(model, four, max_new_tokens=4, end_id=-1) == first
-    assert continuation._DECODERS[model.rwkv] is kept
+    assert continuation._DECODERS[model] is kept
     assert greedy(model, three, max_new_tokens=4, end_id=-1) == first[:3]
-    assert continuation._DECODERS[model.rwkv] is not kept
+    assert continuation._DECODERS[model] is not kept
 
 
 def test_moved_weights_make_a_new_decoder() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from itertools import zip_longest
 from pathlib import Path
 
@@ -12,8 +14,9 @@ from torch import Tensor
 
 from data.tokens import trim_answer
 from tests.asking import QUESTIONS, TOKENIZER, answerer, ids_of, picture, whole
+from tests.helpers import make_batch
 from toolkit import Sampling, continuation, register
-from toolkit.continuation import Writer, until
+from toolkit.continuation import Writer, greedy, until
 from toolkit.sampling import Picker
 from toolkit.session import Answerer
 from toolkit.stream import ends
@@ -39,7 +42,7 @@ class Spy(Answerer):
 def written(model: Answerer, logits: Tensor, state: State) -> tuple[list[int], list[Tensor]]:
     """Greedy ids of STEPS tokens, end tokens included, and the logits after each but the last."""
     ids, seen = [], []
-    with torch.inference_mode(), Writer(model.rwkv, logits, state, Picker(Sampling())) as writer:
+    with torch.inference_mode(), Writer(model.rwkv, logits, state, Picker(Sampling()), owner=model) as writer:
         for _ in range(STEPS):
             ids.append(int(writer.token))
             writer.step()
@@ -183,8 +186,20 @@ def test_the_caller_keeps_its_own_modes_between_pieces() -> None:
         assert torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
         assert not torch.is_autocast_enabled("cpu")
     model.answers(ASKED, DRAWN)
-    assert continuation._DECODERS[model.rwkv].logits.dtype == torch.bfloat16
+    assert continuation._DECODERS[model].logits.dtype == torch.bfloat16
     assert model.logits(torch.ones(1, 3, dtype=torch.long)).dtype == torch.bfloat16
+
+
+def test_a_model_that_nobody_holds_is_freed_with_its_decoder() -> None:
+    model = answerer()
+    model.answer(*ASKED[0], DRAWN)
+    assert model.vision is not None and model in continuation._DECODERS
+    greedy(model.vision, make_batch(model.vision, [(1, 1, 1)]), max_new_tokens=3, end_id=-1)
+    assert model.vision in continuation._DECODERS
+    alive = weakref.ref(model.rwkv)
+    del model
+    gc.collect()
+    assert alive() is None
 
 
 def test_logits_of_text_alone() -> None:

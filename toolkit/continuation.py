@@ -16,26 +16,32 @@ from toolkit.sampling import Picker, Sampling
 from toolkit.trunk import LanguageModel, State
 
 _CHECK_EVERY = 16  # tokens; the host waits for the device when it looks whether all have ended
-_DECODERS: WeakKeyDictionary[LanguageModel, Decoder] = WeakKeyDictionary()
+# By whom it was last used: never by a module that the decoder itself holds, which would live for ever.
+_DECODERS: WeakKeyDictionary[object, Decoder] = WeakKeyDictionary()
 
 
 class Writer:
-    """Writes one token per sample and step; a context, which borrows the model's kept decoder.
+    """Writes one token per sample and step; a context, which borrows the owner's kept decoder.
 
-    token: [B], the ids chosen last, which the next step reads. Two writers of one model at a time have a
+    token: [B], the ids chosen last, which the next step reads. Two writers of one owner at a time have a
     decoder each.
     """
 
-    def __init__(self, rwkv: LanguageModel, logits: Tensor, state: State, picker: Picker) -> None:
-        """logits [B, V] of the last position read; state after it, which is not changed."""
-        self._rwkv, self._picker, self._before = rwkv, picker, state
+    def __init__(
+        self, rwkv: LanguageModel, logits: Tensor, state: State, picker: Picker, *, owner: object
+    ) -> None:
+        """logits [B, V] of the last position read; state after it, which is not changed.
+
+        owner: what the decoder is kept for and dropped with; holds the language model.
+        """
+        self._rwkv, self._picker, self._before, self._owner = rwkv, picker, state, owner
         self._decoder: Decoder | None = None
         self.token = picker(logits)
 
     def step(self) -> Tensor:
         """Reads `token` and chooses the next ids [B]."""
         if self._decoder is None:
-            self._decoder = _borrowed(self._rwkv, self._before)
+            self._decoder = _borrowed(self._owner, self._rwkv, self._before)
             self._decoder.load(self.token, self._before)
         token = self._decoder.step()
         if not self._picker.plain:
@@ -56,13 +62,13 @@ class Writer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._decoder is not None:
-            _DECODERS[self._rwkv] = self._decoder
+            _DECODERS[self._owner] = self._decoder
             self._decoder = None
 
 
-def _borrowed(rwkv: LanguageModel, state: State) -> Decoder:
-    """The model's decoder, built anew when the batch size, the precision or the weights' place changed."""
-    found = _DECODERS.pop(rwkv, None)
+def _borrowed(owner: object, rwkv: LanguageModel, state: State) -> Decoder:
+    """The owner's decoder, built anew when the batch size, the precision or the weights' place changed."""
+    found = _DECODERS.pop(owner, None)
     if found is not None and found.fits(rwkv, state):
         return found
     del found  # its memory goes before the next one's is taken
@@ -80,7 +86,7 @@ def greedy(model: VisualRWKV, batch: Batch, *, max_new_tokens: int, end_id: int)
     hidden, state = model.prefill(batch)
     logits = last_logits(model.rwkv, hidden, batch.lengths)
     options = Sampling(max_new_tokens=max_new_tokens)
-    rows = continued(model.rwkv, logits, state, options, ended=lambda ids: end_id in ids)
+    rows = continued(model.rwkv, logits, state, options, owner=model, ended=lambda ids: end_id in ids)
     return [until(row, end_id) for row in rows]
 
 
@@ -98,13 +104,14 @@ def continued(
     state: State,
     options: Sampling,
     *,
+    owner: object,
     ended: Callable[[list[int]], bool],
 ) -> list[list[int]]:
     """At most options.max_new_tokens ids for each sample, written until all have `ended`.
 
     It is looked only now and then, so a row goes on after its end.
     """
-    with Writer(rwkv, logits, state, Picker(options)) as writer:
+    with Writer(rwkv, logits, state, Picker(options), owner=owner) as writer:
         written = [writer.token]
         for count in range(1, options.max_new_tokens):
             if _looks(count) and all(map(ended, torch.stack(written, dim=1).tolist())):

@@ -83,7 +83,7 @@ class Conversation:
         ids: list[int] = []
         try:
             with torch.inference_mode(), self.model.cast():
-                writer = Writer(self.model.rwkv, logits, state, Picker(options))
+                writer = Writer(self.model.rwkv, logits, state, Picker(options), owner=self.model)
             with writer:
                 try:
                     while True:

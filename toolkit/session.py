@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +81,8 @@ class Answerer:
         with torch.inference_mode(), self.cast():
             turns = [self.first_turn(text, image=image is not None) for image, text in asked]
             logits, state = self.read_first(turns, asked)
-            rows = continued(self.rwkv, logits, state, options, ended=lambda ids: ends(words, ids))
+            done = partial(ends, words)
+            rows = continued(self.rwkv, logits, state, options, owner=self, ended=done)
         return [trim_answer(words.decode(until(row, words.end_id))) for row in rows]
 
     @torch.inference_mode()
