@@ -100,6 +100,15 @@ def test_the_words_are_those_of_the_data() -> None:
     assert found is not None and found.mean == pytest.approx(0.2, abs=0.02) and found.ahead == 4
 
 
+def test_arms_that_learned_nothing_are_not_called_undecided() -> None:
+    table = made(lambda name, seed, step: {"edge": 0.31 + 0.001 * seed, "ray": 0.4}, "uni", "2d")
+    head, _, line, *_ = words(table)
+    assert "holds in 0, is undecided at 5 seeds in 1, has nothing to show yet in 1" in head
+    assert (
+        "undecided at this number of seeds on ray (+0.0" in line and "above the floors on edge (+0.0" in line
+    )
+
+
 def test_the_order_turned_round_is_reversed_where_it_held() -> None:
     table = made(known, "uni", "2d")
     table.order = ["uni > 2d"]

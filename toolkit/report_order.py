@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,10 +16,13 @@ from toolkit.stats import ALPHA, Paired, holm, paired
 CEILING = 0.98
 """Two arms above this accuracy have nothing left to differ in."""
 
+FLOOR = 0.03
+"""Two arms less than this above what can be had without the picture have learned nothing to differ in."""
+
 MANY = 4
 """Arms of one key up to which every pair is compared; more are compared with the first and as asked."""
 
-Word = Literal["holds", "reversed", "undecided", "ceiling", "missing"]
+Word = Literal["holds", "reversed", "undecided", "ceiling", "floor", "missing"]
 
 
 @dataclass(frozen=True)
@@ -40,17 +44,20 @@ class Pair:
         return paired(self.a.area(kind), self.b.area(kind))
 
     def word(self, kind: str) -> Word:
-        """The verdict on `a` over `b`: by the paired t test, at ALPHA; "ceiling" if both solve the type."""
+        """The verdict on `a` over `b`: by the paired t test, at ALPHA.
+
+        What the test leaves open is "ceiling" if both solve the type and "floor" if neither learned it.
+        """
         found = self.at_end(kind)
         if found is None:
             return "missing"
         if found.decided:
             return "holds" if found.mean > 0 else "reversed"
-        return "ceiling" if min(_mean(self.a, kind), _mean(self.b, kind)) >= CEILING else "undecided"
-
-
-def _mean(row: Row, kind: str) -> float:
-    return row.mean(kind) or 0.0
+        low, high = sorted(row.mean(kind) or 0.0 for row in (self.a, self.b))
+        floor = self.a.floor(kind)
+        if low >= CEILING:
+            return "ceiling"
+        return "floor" if floor is not None and high < floor + FLOOR else "undecided"
 
 
 def expected(table: Table) -> list[tuple[str, str]]:
@@ -113,13 +120,16 @@ def summary(table: Table, asked: list[Pair]) -> str:
     """One sentence that counts the verdicts over pairs and question types."""
     verdicts = [pair.word(kind) for pair in asked for kind in table.types]
     n = len(verdicts)
-    counts = {word: verdicts.count(word) for word in ("holds", "reversed", "undecided", "ceiling", "missing")}
-    told = [f"holds in {counts['holds']}", f"is reversed in {counts['reversed']}"]
-    told.append(f"is undecided at {at_seeds(asked)} in {counts['undecided']}")
-    if counts["ceiling"]:
-        told.append(f"has nothing left to show in {counts['ceiling']}, where both arms solve the task")
-    if counts["missing"]:
-        told.append(f"lacks runs in {counts['missing']}")
+    counts = Counter(verdicts)
+    said: dict[Word, str] = {
+        "holds": f"holds in {counts['holds']}",
+        "reversed": f"is reversed in {counts['reversed']}",
+        "undecided": f"is undecided at {at_seeds(asked)} in {counts['undecided']}",
+        "ceiling": f"has nothing left to show in {counts['ceiling']}, where both arms solve the task",
+        "floor": f"has nothing to show yet in {counts['floor']}, where neither arm learned the task",
+        "missing": f"lacks runs in {counts['missing']}",
+    }
+    told = [text for word, text in said.items() if counts[word] or word == "holds"]
     types = f"{len(table.types)} question type{'s' * (len(table.types) != 1)}"
     of = f"{len(asked)} pair{'s' * (len(asked) != 1)} by {types}"
     return f"Of {n} comparisons ({of}) the expected order {', '.join(told)}."
@@ -169,6 +179,7 @@ def sentence(table: Table, pair: Pair) -> str:
         ("reversed", "reversed on"),
         ("undecided", "undecided at this number of seeds on"),
         ("ceiling", f"both above {CEILING:.0%} on".replace("%", " %")),
+        ("floor", "neither arm above the floors on"),
         ("missing", "not run on"),
     ):
         kinds = [kind for kind in table.types if pair.word(kind) == word]

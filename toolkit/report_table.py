@@ -102,6 +102,14 @@ class Row:
         known = [c for c in found if c is not None and math.isfinite(c)]
         return max(known) if known else None
 
+    def floor(self, kind: str) -> float | None:
+        """The better of the majority answer and the question-only answer, if the runs know them."""
+        for run in self.runs:
+            known = run.result if kind == ALL else run.result.get("floors", {}).get(kind)
+            if known:
+                return float(max(known["majority"], known["blind"]))
+        return None
+
     def steps_to(self, kind: str) -> list[float]:
         """First evaluated step at or above LEVEL per seed, infinity if never; of seeds with a curve."""
         return [first_step(r.curve(kind), LEVEL) for r in self.runs if len(r.curve(kind)) > 1]
