@@ -109,6 +109,18 @@ def test_arms_that_learned_nothing_are_not_called_undecided() -> None:
     )
 
 
+def test_both_arms_have_to_solve_a_type_before_nothing_is_left_to_show() -> None:
+    def near(name: str, seed: int, step: int) -> dict[str, float]:
+        return {"at": 0.99 if name == "2d" else 0.97 + 0.01 * (seed % 4), "edge": 0.99 + 0.002 * (seed % 2)}
+
+    table = made(near, "uni", "2d", seeds=4)
+    (pair,) = pairs(table)
+    assert table.rows[0].mean("at") == pytest.approx(0.985) and pair.word("at") == "ceiling"
+    table = made(near, "uni", "2d", seeds=2)
+    (pair,) = pairs(table)
+    assert table.rows[0].mean("at") == pytest.approx(0.975) and pair.word("at") == "undecided"
+
+
 def test_the_order_turned_round_is_reversed_where_it_held() -> None:
     table = made(known, "uni", "2d")
     table.order = ["uni > 2d"]
