@@ -6,7 +6,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,17 @@ import toolkit
 from data.tokens import WorldTokenizer
 from tests.asking import QUESTIONS, TOKENIZER, picture
 from tests.compositions import one
-from toolkit import Sampling, checkpoint, generate, questions
+from tests.test_convert import golden_file
+from tests.test_encoders import TINY_CLIP, tiny_clip
+from toolkit import Sampling, checkpoint, generate, loading, questions
 from toolkit.build import build_model, from_dict
+from toolkit.contracts import Text
+from toolkit.convert.convert import convert
 from toolkit.explain import BadRecipe
 from toolkit.rundir import RunDir
+from toolkit.weights import Weights
+
+__all__ = ["tiny_clip"]  # a fixture of another file
 
 Q = QUESTIONS[0]
 
@@ -278,7 +285,6 @@ def test_a_converted_language_model_is_asked_without_an_image(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from tests.helpers import component
-    from toolkit.convert.convert import convert
     from toolkit.trunk import LanguageModel
 
     torch.manual_seed(0)
@@ -295,3 +301,52 @@ def test_a_converted_language_model_is_asked_without_an_image(
     assert told(capsys, *words) == (0, expected + "\n", "")
     with pytest.raises(ValueError, match="model m has no vision parts"):
         model.answer(picture(1), "Hi!")
+
+
+@pytest.fixture
+def visual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Path]:
+    """The golden VisualRWKV checkpoint of a version, converted, with the rows of the World vocabulary."""
+
+    def make(version: int) -> Path:
+        state = golden_file(version)
+        torch.manual_seed(0)
+        for name in ("rwkv.emb.weight", "rwkv.head.weight"):
+            state[name] = torch.randn(WorldTokenizer.size, state[name].shape[1])
+        save_file(state, tmp_path / "v.safetensors")
+        convert(tmp_path / "v.safetensors", tmp_path / f"v{version}")
+        return tmp_path / f"v{version}"
+
+    monkeypatch.setattr(loading, "CLIP", TINY_CLIP)
+    return make
+
+
+def test_a_converted_visualrwkv_answers_about_an_image(
+    visual: Callable[[int], Path], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = visual(6)
+    model = toolkit.load(folder)
+    assert model.vision is not None and model.words.size == WorldTokenizer.size
+    stored = Weights(folder / "model.safetensors")
+    for name, weight in model.vision.state_dict().items():
+        if not name.startswith("encoder."):
+            assert torch.equal(weight, stored[name]), name
+    options = Sampling(max_new_tokens=5)
+    texts = [model.answer(f"{i}.png", Q, options) for i in (1, 2)]
+    words = (f"weights={folder}", "max_new_tokens=5", "image=1.png", f"prompt={Q}")
+    assert told(capsys, *words)[1] == texts[0] + "\n"
+    assert told(capsys, *words, "scan=bi", "layout=sandwich")[1] == texts[0] + "\n"
+    turn = model.first_turn(Q, image=True)
+    logits = [m.read_first([turn], [(picture(1), Q)])[0] for m in (model, toolkit.load(folder, scan="uni"))]
+    assert not torch.allclose(*logits)
+    code, _, err = told(capsys, *words, "scan=bo")
+    assert code == 2 and "did you mean: bi" in err
+
+
+def test_a_v5_checkpoint_needs_its_scan_and_layout(visual: Callable[[int], Path]) -> None:
+    folder = visual(5)
+    with pytest.raises(ValueError, match=r"does not tell how it was trained; write scan= \(2d, bi"):
+        toolkit.load(folder)
+    model = toolkit.load(folder, scan="2d", layout="sandwich")
+    before = model.first_turn("<image>\nhi", image=True)[0]
+    assert before == Text("User: hi\n") and model.name == "model v5 with scan=2d layout=sandwich"
+    assert model.answer(picture(1), Q, Sampling(max_new_tokens=2)) is not None

@@ -22,14 +22,22 @@ __version__ = "0.1.0"
 
 
 def load(
-    path: str | Path, *, device: str = "auto", precision: str = "", plugins: Sequence[str] = ()
+    path: str | Path,
+    *,
+    device: str = "auto",
+    precision: str = "",
+    plugins: Sequence[str] = (),
+    scan: str = "",
+    layout: str = "",
 ) -> Answerer:
-    """The model of a finished run, or of a converted language model, ready to be asked.
+    """The model of a finished run, or of a converted checkpoint, ready to be asked.
 
     path: a run's directory, or a folder that `python -m toolkit.convert` wrote. device: auto, cpu or cuda.
     precision: fp32 or bf16; empty is the run's own. plugins: modules that register the run's own
-    components, imported because you name them. Raises ValueError that says what to do.
+    components, imported because you name them. scan, layout: names of the scan and prompt that a converted
+    VisualRWKV checkpoint was trained with, which it does not tell; v6.0's are the default. Raises
+    ValueError that says what to do.
     """
     from toolkit import loading
 
-    return loading.load(path, device=device, precision=precision, plugins=plugins)
+    return loading.load(path, device=device, precision=precision, plugins=plugins, scan=scan, layout=layout)

@@ -38,6 +38,8 @@ class Words(Sampling):
     device: Annotated[str, Choices("auto", "cpu", "cuda")] = "auto"
     precision: Annotated[str, Choices("", "fp32", "bf16")] = ""
     plugins: str = ""
+    scan: str = ""
+    layout: str = ""
 
     @property
     def options(self) -> Sampling:
@@ -55,7 +57,7 @@ usage: python -m toolkit.generate run=DIR [image=FILE] prompt="..." [key=value .
 
 HELP = {
     "run": "a finished run: its folder, or its name below `runs`",
-    "weights": "instead of run: a language model that toolkit.convert wrote",
+    "weights": "instead of run: a checkpoint that toolkit.convert wrote",
     "image": "a JPEG, PNG or WebP file",
     "prompt": "the question",
     "file": "instead of prompt: JSON lines with image, prompt and, by choice, id",
@@ -66,6 +68,8 @@ HELP = {
     "device": "auto, cpu or cuda",
     "precision": "fp32 or bf16; empty is the run's own",
     "plugins": "modules, by commas, with the run's components that are not ours",
+    "scan": "with weights of a VisualRWKV: the scan it was trained with; v6.0: bi",
+    "layout": "with weights of a VisualRWKV: prefix, suffix or sandwich; v6.0: sandwich",
     "max_new_tokens": "largest length of an answer",
     "temperature": "0 takes the most likely token, greater ones draw",
     "top_p": "draws from the most likely tokens that hold this share",
@@ -164,6 +168,11 @@ def check(asked: Words, *, chat: bool) -> None:
     ):  # fmt: skip
         if getattr(asked, key) and getattr(asked, other):
             raise fail(COMMAND_LINE, key, f"given beside {other}", fix=f"leave out {key} or {other}")
+    for key in ("scan", "layout"):
+        if getattr(asked, key) and not asked.weights:
+            raise fail(
+                COMMAND_LINE, key, "given without weights", fix=f"a run says it itself; leave out {key}"
+            )
     if asked.out and not asked.file:
         raise fail(COMMAND_LINE, "out", "given without file", fix="file=questions.jsonl, or leave it out")
     for key in ("image", "state"):
@@ -176,7 +185,14 @@ def _go(asked: Words, folder: Path, listed: Sequence[questions.Question], *, cha
     from toolkit.loading import load
 
     plugins = [name for name in asked.plugins.split(",") if name]
-    model = load(folder, device=asked.device, precision=asked.precision, plugins=plugins)
+    model = load(
+        folder,
+        device=asked.device,
+        precision=asked.precision,
+        plugins=plugins,
+        scan=asked.scan,
+        layout=asked.layout,
+    )
     if listed:
         _answer_file(model, asked, listed)
         return
