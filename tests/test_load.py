@@ -175,6 +175,18 @@ def test_a_file_is_answered_in_order_and_goes_on_where_it_was_cut(
     assert out.read_bytes() == held
 
 
+def test_odd_line_ends_inside_texts_end_no_line(tmp_path: Path) -> None:
+    file, out = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    odd = "a\u2028b\x85c"
+    file.write_text("".join(json.dumps({"prompt": p}, ensure_ascii=False) + "\n" for p in (odd, "d")))
+    asked = questions.read(file)
+    assert [q.prompt for q in asked] == [odd, "d"]
+    row = {"id": "1", "image": "", "prompt": odd, "answer": odd, "by": "x"}
+    out.write_text(questions.dumped(row) + "\n" + '{"id": "2", "ima')
+    assert questions.resumed(out, asked, "x") == 1
+    assert out.read_text() == questions.dumped(row) + "\n"
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

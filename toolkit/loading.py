@@ -134,7 +134,9 @@ def _visual(
             f"({', '.join(sorted(register.components('scan')))}) and layout= "
             f"({', '.join(sorted(register.components('prompt')))})"
         )
-    scan, layout = scan or "bi", layout or "sandwich"
+    if not (scan and layout):
+        scan, layout = scan or "bi", layout or "sandwich"
+        log.warning("%s: asked with scan=%s layout=%s, as v6.0 was trained", folder, scan, layout)
     # Paper: v5.x and v6.0 differ in what their sandwich repeats.
     form = {"form": "v5"} if layout == "sandwich" and sizes["version"] != "6" else {}
     conf = RunConf(
@@ -149,7 +151,6 @@ def _visual(
     )
     for kind in ("scan", "prompt"):
         _bound(kind, getattr(conf, kind)["name"])
-    log.info("%s is asked with scan=%s layout=%s", folder, scan, layout)
     model = build_model(conf, vocab_size=sizes["vocab_size"], device=device).to(device)
     model.eval().requires_grad_(False)
     prompt = register.bind("prompt", conf.prompt)

@@ -36,7 +36,7 @@ def read(path: Path) -> list[Question]:
     image: a path, relative to the file's own folder. id: the line's number where it is not given.
     """
     try:
-        texts = path.expanduser().read_text(encoding="utf-8").splitlines()
+        texts = path.expanduser().read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise fail("command line", "file", f"{str(path)!r} cannot be read: {error}") from error
     found: dict[str, Question] = {}
@@ -130,7 +130,8 @@ def resumed(out: Path, questions: Sequence[Question], by: str) -> int:
         return 0
     held = out.read_bytes()
     whole = held[: held.rfind(b"\n") + 1]
-    rows = whole.decode("utf-8", errors="replace").splitlines() if whole else []
+    # Not splitlines(): an answer may hold characters that it takes for line ends.
+    rows = whole.decode("utf-8", errors="replace").split("\n")[:-1]
     for number, (text, question) in enumerate(zip(rows, questions, strict=False), 1):
         _check_row(text, question, by, f"{out}:{number}")
     if len(rows) > len(questions):
