@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import types
 from collections.abc import Iterator
@@ -159,8 +160,12 @@ def test_cfg_job_prints_the_composed_recipe(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_info_shows_how_it_was_composed(capsys: pytest.CaptureFixture[str]) -> None:
+    handlers = logging.getLogger().handlers[:]
     assert run.main(["recipe=ablation/scan_bi", "--info", "defaults"]) == 0
     assert "recipe/ablation/base" in capsys.readouterr().out
+    assert logging.getLogger().handlers == handlers, (
+        "Hydra's own handler writes to a stream that may be closed"
+    )
 
 
 def test_check_counts_parameters_without_data(capsys: pytest.CaptureFixture[str]) -> None:

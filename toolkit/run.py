@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +102,24 @@ def _headline(file: Path) -> str:
 
 def _show(args: argparse.Namespace, request: Request) -> int:
     """Hydra's --cfg and --info."""
-    with compose.mounted() as hydra:
+    with compose.mounted() as hydra, _root_logger_kept():
         if args.cfg:
             hydra.show_cfg("run", request.fixed, args.cfg, None)
         else:
             hydra.show_info(args.info, "run", request.fixed)
     return 0
+
+
+@contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """Takes back the handler on stdout that Hydra's --info leaves on the root logger of the process."""
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+        root.setLevel(level)
 
 
 def _check(request: Request) -> int:
