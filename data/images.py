@@ -19,6 +19,10 @@ RATIO_FROM = 1 << 20
 """Pixels from which MAX_RATIO counts: a small flat picture compresses that well and harms nobody."""
 
 
+class BadPicture(ValueError):
+    """A picture that cannot or must not be decoded: a fault of the data, not of a setting."""
+
+
 def extension(data: bytes) -> str | None:
     """ "png", "jpg" or "webp" by the first bytes; None for anything else."""
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
@@ -33,7 +37,7 @@ def extension(data: bytes) -> str | None:
 def header(data: bytes, where: str) -> tuple[int, int]:
     """(width, height) from the header, after the size checks; no pixel is decoded.
 
-    Raises ValueError naming `where` for other formats, damaged headers and decompression bombs.
+    Raises BadPicture naming `where` for other formats, damaged headers and decompression bombs.
     """
     return _open(data, where).size
 
@@ -41,7 +45,7 @@ def header(data: bytes, where: str) -> tuple[int, int]:
 def decode(data: bytes, where: str) -> Picture:
     """A picture in RGB. Transparency and EXIF rotation are ignored, as in the original code.
 
-    Raises ValueError naming `where` as `header` does, and for truncated or damaged pixel data.
+    Raises BadPicture naming `where` as `header` does, and for truncated or damaged pixel data.
     """
     picture = _open(data, where)
     # Paper: its code sets this flag, so a cut JPEG trains as grey pixels under its true caption.
@@ -50,20 +54,20 @@ def decode(data: bytes, where: str) -> Picture:
         picture.load()
         return picture.convert("RGB")
     except Exception as error:  # the decoders raise many kinds of error on damaged bytes
-        raise ValueError(
+        raise BadPicture(
             f"{where}: the picture cannot be decoded: {error or type(error).__name__}"
         ) from error
 
 
 def _open(data: bytes, where: str) -> Picture:
     if extension(data) is None:
-        raise ValueError(
+        raise BadPicture(
             f"{where}: no JPEG, PNG or WebP picture (starts with {data[:8]!r}); convert it to one of these"
         )
     try:
         picture: Picture = Image.open(BytesIO(data), formats=FORMATS)
     except Exception as error:  # as above
-        raise ValueError(
+        raise BadPicture(
             f"{where}: the picture's header cannot be read: {error or type(error).__name__}"
         ) from error
     _check_size(picture.size, len(data), where)
@@ -74,13 +78,13 @@ def _check_size(size: tuple[int, int], n_bytes: int, where: str) -> None:
     width, height = size
     pixels = width * height
     if pixels > MAX_PIXELS:
-        raise ValueError(
+        raise BadPicture(
             f"{where}: the picture has {width} x {height} = {pixels:,} pixels, at most {MAX_PIXELS:,} are "
             "decoded; "
             "scale it down"
         )
     if pixels >= RATIO_FROM and pixels * 3 > MAX_RATIO * n_bytes:
-        raise ValueError(
+        raise BadPicture(
             f"{where}: {n_bytes:,} bytes would decode to {pixels * 3:,}, more than {MAX_RATIO:,} times as "
             "much; "
             "this looks like a decompression bomb"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,31 +16,104 @@ from safetensors.numpy import load, save
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-IMAGE_KINDS = ("", "png", "jpg", "webp")
-"""Meaning of `Index.image_kind`: the extension of the image member, "" for a text-only record."""
+FEATURE_KIND = "safetensors"
+IMAGE_KINDS = ("", "png", "jpg", "webp", FEATURE_KIND)
+"""Meaning of `Index.image_kind`: the extension of the image member, "" for a text-only record. The last
+one stands for the features of a frozen encoder in place of the picture (data.feature_shards)."""
+
+_BLOCK = 512
+
+
+class Span(NamedTuple):
+    """Where a member's data lies in its tar file. kind: its extension, one of IMAGE_KINDS for a picture."""
+
+    kind: str
+    offset: int
+    size: int
+    crc: int
+
+
+class Offsets:
+    """Byte offsets kept as numbers of 512-byte blocks, half the memory; -1 where there is no member."""
+
+    def __init__(self, blocks: NDArray[np.uint32]) -> None:
+        self._blocks = blocks
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def __getitem__(self, i: int) -> int:
+        return int(self._blocks[i]) * _BLOCK or -1
 
 
 @dataclass(frozen=True)
 class Index:
-    """Arrays over records, [n] each; offsets are of a member's data from the start of its tar file."""
+    """Arrays over records, [n] each; blocks are those of a member's data from the start of its tar file.
 
-    key_bytes: NDArray[np.uint8]  # all keys joined, ASCII
+    A record with several pictures has the first in `image_*`, the others in `more_*`, [k] each, sorted by
+    `more_record`.
+    """
+
+    key_bytes: NDArray[np.uint8]  # all keys joined, UTF-8
     key_end: NDArray[np.uint32]  # where each key ends in key_bytes
-    json_offset: NDArray[np.int64]
+    json_block: NDArray[np.uint32]
     json_size: NDArray[np.uint32]
     json_crc: NDArray[np.uint32]
-    image_offset: NDArray[np.int64]
+    image_block: NDArray[np.uint32]  # 0 for a text-only record: data never begins at block 0
     image_size: NDArray[np.uint32]
     image_crc: NDArray[np.uint32]
     image_kind: NDArray[np.uint8]
     dialogs: NDArray[np.uint32]  # number of dialogs in the record
+    more_record: NDArray[np.uint32]
+    more_block: NDArray[np.uint32]
+    more_size: NDArray[np.uint32]
+    more_crc: NDArray[np.uint32]
+    more_kind: NDArray[np.uint8]
 
     def __len__(self) -> int:
         return len(self.key_end)
 
     def key(self, i: int) -> str:
         start = int(self.key_end[i - 1]) if i else 0
-        return self.key_bytes[start : int(self.key_end[i])].tobytes().decode("ascii")
+        return self.key_bytes[start : int(self.key_end[i])].tobytes().decode("utf-8")
+
+    @property
+    def json_offset(self) -> Offsets:
+        return Offsets(self.json_block)
+
+    @property
+    def image_offset(self) -> Offsets:
+        return Offsets(self.image_block)
+
+    def text(self, i: int) -> Span:
+        """The member that holds the text of record i."""
+        return Span("json", self.json_offset[i], int(self.json_size[i]), int(self.json_crc[i]))
+
+    def images(self, i: int) -> list[Span]:
+        """The pictures of record i in order, none for text only."""
+        if not self.image_kind[i]:
+            return []
+        first = _span(self.image_kind[i], self.image_block[i], self.image_size[i], self.image_crc[i])
+        rest = (_span(*(column[j] for column in self._more)) for j in self._others(i))
+        return [first, *rest]
+
+    def n_images(self, i: int) -> int:
+        """Number of pictures of record i."""
+        return len(self._others(i)) + 1 if self.image_kind[i] else 0
+
+    def _others(self, i: int) -> range:
+        if not len(self.more_record):
+            return range(0)
+        start, end = np.searchsorted(self.more_record, [i, i + 1])
+        return range(int(start), int(end))
+
+    @property
+    def _more(self) -> tuple[NDArray[Any], ...]:
+        return self.more_kind, self.more_block, self.more_size, self.more_crc
+
+
+def _span(kind: Any, block: Any, size: Any, crc: Any) -> Span:
+    return Span(IMAGE_KINDS[int(kind)], int(block) * _BLOCK, int(size), int(crc))
 
 
 _DTYPES: dict[str, Any] = {
@@ -49,38 +122,79 @@ _DTYPES: dict[str, Any] = {
     "image_offset": np.int64, "image_size": np.uint32, "image_crc": np.uint32,
     "image_kind": np.uint8, "dialogs": np.uint32,
 }  # fmt: skip
+"""Columns of the file. Offsets there are bytes, -1 for none."""
+
+_MORE: dict[str, Any] = {
+    "more_record": np.uint32, "more_offset": np.int64, "more_size": np.uint32, "more_crc": np.uint32,
+    "more_kind": np.uint8,
+}  # fmt: skip
+"""Columns that only a shard with several pictures in a record has."""
 
 
 def index_bytes(keys: Sequence[str], columns: Mapping[str, Sequence[int]]) -> bytes:
-    """The file content of an index; columns are named as the fields of `Index`."""
-    joined = "".join(keys).encode("ascii")
-    arrays = {name: np.asarray(values, dtype=_DTYPES[name]) for name, values in columns.items()}
-    arrays["key_bytes"] = np.frombuffer(joined, dtype=np.uint8)
-    arrays["key_end"] = np.cumsum([len(key) for key in keys]).astype(np.uint32)
+    """The file content of an index; columns are named as in the file: `_DTYPES`, and `_MORE` if filled."""
+    encoded = [key.encode("utf-8") for key in keys]
+    dtypes = {**_DTYPES, **_MORE}
+    filled = {n: v for n, v in columns.items() if n not in _MORE or len(v)}
+    arrays = {name: np.asarray(values, dtype=dtypes[name]) for name, values in filled.items()}
+    arrays["key_bytes"] = np.frombuffer(b"".join(encoded), dtype=np.uint8)
+    arrays["key_end"] = np.cumsum([len(key) for key in encoded]).astype(np.uint32)
     return save(arrays)
 
 
 def parse_index(data: bytes, where: str) -> Index:
     """The index in a file's content; raises ValueError naming `where` if it is none."""
     try:
-        index = Index(**load(data))
-    except (SafetensorError, TypeError) as error:
+        found = load(data)
+    except SafetensorError as error:
         raise ValueError(f"{where}: not an index of this toolkit: {error}; convert the data again") from error
-    wrong = [name for name, dtype in _DTYPES.items() if getattr(index, name).dtype != dtype]
-    if wrong:
+    for name, dtype in _MORE.items():
+        found.setdefault(name, np.zeros(0, dtype))
+    dtypes = {**_DTYPES, **_MORE}
+    if set(found) != set(dtypes):
         raise ValueError(
-            f"{where}: column {wrong[0]!r} has another type than it should; convert the data again"
+            f"{where}: not an index of this toolkit: it has the columns {', '.join(sorted(found))}; "
+            "convert the data again"
         )
-    return index
+    wrong = [name for name, dtype in dtypes.items() if found[name].dtype != dtype]
+    wrong += [name for name, values in found.items() if len(values) != len(found[_rows_of(name)])]
+    wrong += [name for name in ("json_offset", "image_offset", "more_offset") if not _on_blocks(found[name])]
+    if wrong:
+        raise ValueError(f"{where}: column {wrong[0]!r} is not what it should be; convert the data again")
+    for name in ("json", "image", "more"):
+        blocks = np.maximum(found.pop(f"{name}_offset"), 0) // _BLOCK
+        found[f"{name}_block"] = blocks.astype(np.uint32)
+    return Index(**found)
 
 
-def joined(parts: Sequence[Index]) -> Index:
-    """One index over all shards, in shard order; offsets stay relative to each record's own shard."""
-    columns = {f.name: np.concatenate([getattr(part, f.name) for part in parts]) for f in fields(Index)}
-    lengths = [len(part.key_bytes) for part in parts]
-    starts = np.repeat(np.cumsum([0, *lengths[:-1]]), [len(part) for part in parts])
-    columns["key_end"] = (columns["key_end"] + starts).astype(np.uint32)
-    return Index(**columns)
+def _rows_of(name: str) -> str:
+    """The column that says how long column `name` must be."""
+    if name == "key_bytes":
+        return name
+    return "more_record" if name in _MORE else "key_end"
+
+
+def _on_blocks(offsets: NDArray[np.int64]) -> bool:
+    """Whether all are -1 or whole blocks that 32 bits can count."""
+    fit = (offsets % _BLOCK == 0) & (offsets > 0) & (offsets < _BLOCK << 32)
+    return bool((fit | (offsets == -1)).all())
+
+
+def joined(parts: Iterable[Index]) -> Index:
+    """One index over all shards, in shard order; offsets stay relative to each record's own shard.
+
+    Give an iterator, and a part is freed as soon as it is taken over.
+    """
+    columns: dict[str, list[NDArray[Any]]] = {f.name: [] for f in fields(Index)}
+    n_bytes = n = 0
+    for part in parts:
+        shifts = {"key_end": n_bytes, "more_record": n}
+        for name, found in columns.items():
+            column = getattr(part, name)
+            found.append(column + np.uint32(shifts[name]) if shifts.get(name) else column)
+        n_bytes, n = n_bytes + len(part.key_bytes), n + len(part)
+    # Column by column, so that never more than one of them is there twice.
+    return Index(**{name: np.concatenate(columns.pop(name)) for name in list(columns)})
 
 
 def manifest_hash(manifest: Mapping[str, Any]) -> str:

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from data.index import IMAGE_KINDS, Index, joined, manifest_hash, parse_index, read_manifest
-from data.records import Example, dialogs_of, parse_json
+from data.index import Index, Span, joined, manifest_hash, parse_index, read_manifest
+from data.records import Example, dialogs_of, parse_record
 
 _MAX_OPEN = 64
 _KEPT_JSON = 16 << 20
@@ -62,7 +62,8 @@ class ShardReader:
         self.manifest = read_manifest(self.folder)
         shards: list[dict[str, Any]] = self.manifest["shardlist"]
         self._names = [str(shard["url"]) for shard in shards]
-        self._index = joined([_load_index(self.folder, shard) for shard in shards])
+        self._layouts = [shard.get("layout") for shard in shards]
+        self._index = joined(_load_index(self.folder, shard) for shard in shards)
         self._ends = np.cumsum([shard["nsamples"] for shard in shards])
         self._files = _Files(self.folder)
         self._kept: dict[int, tuple[Example, ...]] = {}
@@ -86,20 +87,30 @@ class ShardReader:
     def has_image(self, i: int) -> bool:
         return bool(self._index.image_kind[i])
 
+    def n_images(self, i: int) -> int:
+        """Number of pictures of record i."""
+        return self._index.n_images(i)
+
     def record(self, i: int) -> dict[str, Any]:
-        """The JSON of record i."""
-        column = self._index
-        offset, size, crc = (int(c[i]) for c in (column.json_offset, column.json_size, column.json_crc))
-        text = self._member(i, "json", offset, size, crc)
-        return parse_json(text, f"{self._shard(i)}: key {self.key(i)}")
+        """The JSON of record i; for a caption of foreign shards, the one dialog that is made of it."""
+        layout = self._layouts[self._shard_number(i)]
+        span = self._index.text(i)
+        text = self._member(i, span if layout is None else span._replace(kind=str(layout["text"])))
+        return parse_record(text, f"{self._shard(i)}: key {self.key(i)}", layout, self.n_images(i))
 
     def image_bytes(self, i: int) -> bytes | None:
-        """The picture of record i as it was converted, None for a text-only record."""
-        if not self.has_image(i):
-            return None
-        column, kind = self._index, IMAGE_KINDS[self._index.image_kind[i]]
-        offset, size, crc = (int(c[i]) for c in (column.image_offset, column.image_size, column.image_crc))
-        return self._member(i, kind, offset, size, crc)
+        """The picture of record i as it was converted, its first if it has several, None for text only."""
+        spans = self._index.images(i)
+        return self._member(i, spans[0]) if spans else None
+
+    def images(self, i: int) -> list[tuple[str, bytes]]:
+        """(extension, bytes) of every picture of record i, in order."""
+        return [(span.kind, self._member(i, span)) for span in self._index.images(i)]
+
+    def place(self, i: int, *, image: bool) -> tuple[str, Span]:
+        """(shard, where it lies) of the first picture of record i, or of its text."""
+        spans = self._index.images(i)
+        return self._shard(i), spans[0] if image and spans else self._index.text(i)
 
     @cached_property
     def examples(self) -> ExampleTable:
@@ -142,16 +153,21 @@ class ShardReader:
         return tuple(examples)
 
     def _shard(self, i: int) -> str:
-        return self._names[int(np.searchsorted(self._ends, i, side="right"))]
+        return self._names[self._shard_number(i)]
 
-    def _member(self, i: int, kind: str, offset: int, size: int, crc: int) -> bytes:
+    def _shard_number(self, i: int) -> int:
+        return int(np.searchsorted(self._ends, i, side="right"))
+
+    def _member(self, i: int, span: Span) -> bytes:
         shard = self._shard(i)
-        data, cause = self._files.read(shard, offset, size)
-        if not cause and zlib.crc32(data) != crc:
-            cause = f"damaged data: CRC-32 is {zlib.crc32(data):08x}, the index says {crc:08x}"
+        data, cause = self._files.read(shard, span.offset, span.size)
+        if not cause and zlib.crc32(data) != span.crc:
+            cause = f"damaged data: CRC-32 is {zlib.crc32(data):08x}, the index says {span.crc:08x}"
         if cause:
             key = self.key(i)
-            raise DamagedSample(shard=shard, key=key, member=f"{key}.{kind}", offset=offset, cause=cause)
+            raise DamagedSample(
+                shard=shard, key=key, member=f"{key}.{span.kind}", offset=span.offset, cause=cause
+            )
         return data
 
 

@@ -17,6 +17,8 @@ from toolkit.contracts import Turn
 IMAGE_TAG = "<image>"
 MAX_JSON = 1 << 20
 """Largest JSON of one record in bytes."""
+MAX_DEPTH = 32
+"""Deepest nesting of one record's JSON."""
 
 _ROLES: dict[str, Literal["human", "gpt"]] = {"human": "human", "gpt": "gpt"}
 
@@ -55,14 +57,63 @@ class Dialog:
     turns: tuple[Turn, ...]
 
 
+class BadRecord(ValueError):
+    """The text of one record is not what it must be: a fault of the data, not of a setting."""
+
+
 def parse_json(text: bytes | str, where: str) -> Any:
-    """JSON without NaN or Infinity; raises ValueError naming `where` for anything else."""
+    """JSON without NaN or Infinity, at most MAX_DEPTH deep; raises BadRecord naming `where` otherwise."""
     if len(text) > MAX_JSON:
-        raise ValueError(f"{where}: the JSON has {len(text):,} bytes, at most {MAX_JSON:,} are read")
+        raise BadRecord(f"{where}: the JSON has {len(text):,} bytes, at most {MAX_JSON:,} are read")
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        found = json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{where}: not valid JSON: {error}") from error
+        raise BadRecord(f"{where}: not valid JSON: {error}") from error
+    if _deeper(found, MAX_DEPTH):
+        raise BadRecord(f"{where}: the JSON is nested more than {MAX_DEPTH} levels deep")
+    return found
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether lists and objects are nested more than `levels` deep."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if not isinstance(value, list):
+        return False
+    return levels == 0 or any(_deeper(v, levels - 1) for v in value if isinstance(v, (dict, list)))
+
+
+def parse_record(text: bytes, where: str, layout: Mapping[str, Any] | None, n_images: int) -> dict[str, Any]:
+    """The JSON of a record; with a layout that names a caption, one dialog made of it.
+
+    layout: of a foreign shard (data.foreign). `text`: extension of the member that holds the text. `field`:
+    the field of a JSON that is the caption. `ask`: what is asked, to be answered with the caption. Without
+    `ask` the text is a record's JSON as elsewhere. Raises BadRecord naming `where`.
+    """
+    if layout is None or "ask" not in layout:
+        return parse_json(text, where)
+    caption = _caption(text, where, layout)
+    question = f"{IMAGE_TAG}\n" * n_images + str(layout["ask"])
+    return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": caption}]}
+
+
+def _caption(text: bytes, where: str, layout: Mapping[str, Any]) -> str:
+    """The caption without white space around it; BadRecord if there is none."""
+    if layout["text"] == "json":
+        record, field = parse_json(text, where), layout["field"]
+        found = record.get(field) if isinstance(record, Mapping) else None
+        if not isinstance(found, str):
+            raise BadRecord(f"{where}: the JSON has no text in the field {field!r}")
+    else:
+        if len(text) > MAX_JSON:
+            raise BadRecord(f"{where}: the caption has {len(text):,} bytes, at most {MAX_JSON:,} are read")
+        try:
+            found = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise BadRecord(f"{where}: the caption is no UTF-8 text: {error}") from error
+    if not found.strip():
+        raise BadRecord(f"{where}: the caption is empty")
+    return found.strip()
 
 
 def _refuse_constant(name: str) -> Any:
@@ -75,11 +126,11 @@ def dump_json(value: Any) -> bytes:
 
 
 def dialogs_of(record: Any, where: str) -> list[Dialog]:
-    """The dialogs of a record's JSON; raises ValueError naming `where` if its structure is another."""
+    """The dialogs of a record's JSON; raises BadRecord naming `where` if its structure is another."""
     if not isinstance(record, Mapping):
-        raise ValueError(f"{where}: a record is a JSON object, this is {type(record).__name__}")
+        raise BadRecord(f"{where}: a record is a JSON object, this is {type(record).__name__}")
     if ("dialogs" in record) == ("conversations" in record):
-        raise ValueError(
+        raise BadRecord(
             f"{where}: a record has either 'conversations' or 'dialogs'; keys here: {list(record)}"
         )
     if "conversations" in record:
@@ -87,28 +138,28 @@ def dialogs_of(record: Any, where: str) -> list[Dialog]:
         return [Dialog(str(kind), _turns(record["conversations"], where))]
     dialogs = record["dialogs"]
     if not isinstance(dialogs, list) or not dialogs:
-        raise ValueError(f"{where}: 'dialogs' must be a list with at least one dialog")
+        raise BadRecord(f"{where}: 'dialogs' must be a list with at least one dialog")
     return [_dialog(item, f"{where}: dialog {i}") for i, item in enumerate(dialogs)]
 
 
 def _dialog(item: Any, where: str) -> Dialog:
     if not isinstance(item, Mapping) or "conversations" not in item:
-        raise ValueError(f"{where} must be an object with 'conversations'")
+        raise BadRecord(f"{where} must be an object with 'conversations'")
     return Dialog(str(item.get("type", "")), _turns(item["conversations"], where))
 
 
 def _turns(turns: Any, where: str) -> tuple[Turn, ...]:
     if not isinstance(turns, list) or not turns:
-        raise ValueError(f"{where}: 'conversations' must be a list with at least one turn")
+        raise BadRecord(f"{where}: 'conversations' must be a list with at least one turn")
     return tuple(_turn(item, where, i) for i, item in enumerate(turns))
 
 
 def _turn(item: Any, where: str, i: int) -> Turn:
     if not isinstance(item, Mapping):
-        raise ValueError(f"{where}: turn {i} must be an object with 'from' and 'value'")
+        raise BadRecord(f"{where}: turn {i} must be an object with 'from' and 'value'")
     role, text = item.get("from"), item.get("value")
     if role not in _ROLES:
-        raise ValueError(f"{where}: turn {i} is from {role!r}; known speakers: human, gpt")
+        raise BadRecord(f"{where}: turn {i} is from {role!r}; known speakers: human, gpt")
     if not isinstance(text, str):
-        raise ValueError(f"{where}: the value of turn {i} must be text, it is {type(text).__name__}")
+        raise BadRecord(f"{where}: the value of turn {i} must be text, it is {type(text).__name__}")
     return Turn(_ROLES[role], text)
