@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from data.images import decode
 from data.reader import ShardReader
-from data.records import IMAGE_TAG, Example
+from data.records import IMAGE_TAG, BadRecord, Example
 from data.tokens import Tokenizer, encode_segments
 from toolkit.contracts import IGNORE, NO_IMAGE, Prompt, Turn
 
@@ -121,7 +121,7 @@ class Examples(Dataset[Sample]):
             encoded = self._cut(example, encoded)
             weight = weight if encoded.labelled else self._count_left_out()
         elif self.answer and not encoded.labelled:
-            raise ValueError(f"{example.key}: no position carries a label, so there is nothing to learn")
+            raise BadRecord(f"{example.key}: no position carries a label, so there is nothing to learn")
         pixels = None if encoded.image_start == NO_IMAGE else self._pixels(example)
         return Sample(
             encoded.ids,
@@ -138,7 +138,7 @@ class Examples(Dataset[Sample]):
         """Tokens of the turns; kept, because question sets repeat a few texts over many pictures."""
         found = self._texts.get(turns)
         if found is None:
-            tags = _counted_tags(example, turns)
+            tags = self._counted_tags(example, turns)
             made = encode_segments(self._prompt(turns), self._tokenizer, self.n_image)
             ids, labels = (torch.tensor(values, dtype=torch.long) for values in (made.ids, made.labels))
             found = _Encoded(ids, labels, made.image_start, len(ids), _has_label(labels), tags)
@@ -146,8 +146,25 @@ class Examples(Dataset[Sample]):
                 self._texts.clear()
             self._texts[turns] = found
         elif found.tags != int(example.has_image):
-            _counted_tags(example, turns)
+            self._counted_tags(example, turns)
         return found
+
+    def _counted_tags(self, example: Example, turns: tuple[Turn, ...]) -> int:
+        """The number of image tags; BadRecord naming the example if it is not that of the pictures."""
+        tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
+        pictures = self.reader.n_images(example.record)
+        if pictures > 1:
+            raise BadRecord(
+                f"{example.key}: the record has {pictures} pictures; a training sample takes one, so leave "
+                "such records out when converting"
+            )
+        if tags != pictures:
+            held = "one picture" if pictures else "no picture"
+            raise BadRecord(
+                f"{example.key}: {tags} {IMAGE_TAG} tags in the turns, but {held}; a record with a picture "
+                "has exactly one tag, a text-only record none"
+            )
+        return tags
 
     def _cut(self, example: Example, encoded: _Encoded) -> _Encoded:
         n, image_end = encoded.length, encoded.image_start + self.n_image
@@ -190,15 +207,3 @@ def n_bytes(pixels: Any) -> int:
 
 def _has_label(labels: Tensor) -> bool:
     return bool((labels != IGNORE).any())
-
-
-def _counted_tags(example: Example, turns: tuple[Turn, ...]) -> int:
-    """The number of image tags, which must be that of the pictures; ValueError naming the example if not."""
-    tags = sum(turn.text.count(IMAGE_TAG) for turn in turns)
-    if tags != int(example.has_image):
-        pictures = "one picture" if example.has_image else "no picture"
-        raise ValueError(
-            f"{example.key}: {tags} {IMAGE_TAG} tags in the turns, but {pictures}; a record with a picture "
-            "has exactly one tag, a text-only record none"
-        )
-    return tags
