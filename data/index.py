@@ -180,21 +180,30 @@ def _on_blocks(offsets: NDArray[np.int64]) -> bool:
     return bool((fit | (offsets == -1)).all())
 
 
-def joined(parts: Iterable[Index]) -> Index:
-    """One index over all shards, in shard order; offsets stay relative to each record's own shard.
+def joined(parts: Iterable[Index], n: int) -> Index:
+    """One index over all shards, in shard order, of n records; offsets stay relative to each record's shard.
 
     Give an iterator, and a part is freed as soon as it is taken over.
     """
-    columns: dict[str, list[NDArray[Any]]] = {f.name: [] for f in fields(Index)}
-    n_bytes = n = 0
+    types = {
+        name.replace("_offset", "_block"): np.uint32 if "_offset" in name else t
+        for name, t in _DTYPES.items()
+    }
+    # Allocated once: many small pieces would leave the process twice the memory.
+    rows = {name: np.empty(n, t) for name, t in types.items() if name != "key_bytes"}
+    keys, done = bytearray(), 0
+    more: dict[str, list[NDArray[Any]]] = {f.name: [] for f in fields(Index) if f.name.startswith("more_")}
     for part in parts:
-        shifts = {"key_end": n_bytes, "more_record": n}
-        for name, found in columns.items():
-            column = getattr(part, name)
-            found.append(column + np.uint32(shifts[name]) if shifts.get(name) else column)
-        n_bytes, n = n_bytes + len(part.key_bytes), n + len(part)
-    # Column by column, so that never more than one of them is there twice.
-    return Index(**{name: np.concatenate(columns.pop(name)) for name in list(columns)})
+        end = done + len(part)
+        for name, column in rows.items():
+            column[done:end] = getattr(part, name)
+        rows["key_end"][done:end] += np.uint32(len(keys))
+        for name, found in more.items():
+            found.append(getattr(part, name) + np.uint32(done if name == "more_record" else 0))
+        keys += part.key_bytes.data
+        done = end
+    tails = {name: np.concatenate(found) for name, found in more.items()}
+    return Index(key_bytes=np.frombuffer(keys, np.uint8), **rows, **tails)
 
 
 def manifest_hash(manifest: Mapping[str, Any]) -> str:

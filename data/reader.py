@@ -63,8 +63,9 @@ class ShardReader:
         shards: list[dict[str, Any]] = self.manifest["shardlist"]
         self._names = [str(shard["url"]) for shard in shards]
         self._layouts = [shard.get("layout") for shard in shards]
-        self._index = joined(_load_index(self.folder, shard) for shard in shards)
         self._ends = np.cumsum([shard["nsamples"] for shard in shards])
+        parts = (_load_index(self.folder, shard) for shard in shards)
+        self._index = joined(parts, sum(shard["nsamples"] for shard in shards))
         self._files = _Files(self.folder)
         self._kept: dict[int, tuple[Example, ...]] = {}
         self._kept_json = 0
@@ -115,10 +116,12 @@ class ShardReader:
     @cached_property
     def examples(self) -> ExampleTable:
         """Every dialog of every record, in order."""
-        counts = self._index.dialogs.astype(np.int64)
+        counts = self._index.dialogs
+        if bool((counts == 1).all()):
+            return ExampleTable(np.arange(len(counts), dtype=np.int32), np.zeros(len(counts), np.int32))
         record = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-        first = np.repeat(np.cumsum(counts) - counts, counts)
-        return ExampleTable(record, (np.arange(len(record)) - first).astype(np.int32))
+        first = np.cumsum(counts, dtype=np.int32) - counts.astype(np.int32)
+        return ExampleTable(record, np.arange(len(record), dtype=np.int32) - np.repeat(first, counts))
 
     def example(self, j: int) -> Example:
         """Dialog j, counted over all records."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -16,24 +16,31 @@ from data.images import extension
 from data.index import IMAGE_KINDS, MANIFEST, index_bytes, make_manifest, manifest_hash, read_manifest
 from data.records import MAX_JSON, dialogs_of, dump_json
 
-Record = tuple[Mapping[str, Any], bytes | None]
-"""The JSON of a record (see data.records) and its picture's original bytes, None for text only."""
+Record = tuple[Mapping[str, Any], bytes | Sequence[bytes] | None]
+"""The JSON of a record (see data.records) and original bytes of its picture: several, or None."""
 
 _BLOCK = 512
 _COLUMNS = (
     *("json_offset", "json_size", "json_crc"),
     *("image_offset", "image_size", "image_crc", "image_kind"),
     "dialogs",
+    *("more_record", "more_offset", "more_size", "more_crc", "more_kind"),
 )
 
 
 def write_shards(
-    records: Iterable[Record], out: Path, *, shard_bytes: int = 256 << 20, about: Mapping[str, Any]
+    records: Iterable[Record],
+    out: Path,
+    *,
+    shard_bytes: int = 256 << 20,
+    about: Mapping[str, Any],
+    kind_of: Callable[[bytes], str | None] = extension,
 ) -> Path:
     """Writes `out/shard-000000.tar` ... with an index each, then `out/manifest.json`; returns `out`.
 
-    Members are `{key}.png|jpg|webp` (original bytes) and `{key}.json`; the key is a zero-padded
-    running number. Equal records give equal bytes. shard_bytes: size at which a new shard begins.
+    Members are `{key}.png|jpg|webp` (original bytes) and `{key}.json`; of several pictures
+    `{key}.0.png`, `{key}.1.jpg` and so on. The key is a zero-padded running number. Equal records give
+    equal bytes. shard_bytes: size at which a new shard begins. kind_of: bytes -> extension of a picture.
     `about` goes into the manifest and is read after the last record. Everything is written beside
     `out` and renamed: `out` exists whole or not at all. Two writers of the same data may race.
     Raises ValueError for a malformed record, for no records, and if `out` holds other data.
@@ -41,7 +48,7 @@ def write_shards(
     if (out / MANIFEST).exists():
         raise ValueError(f"{out} holds converted data already; delete it or choose another folder")
     with draft_of(out) as draft:
-        shards = list(_write_all(records, draft, shard_bytes))
+        shards = list(_write_all(records, draft, shard_bytes, kind_of))
         if not shards:
             raise ValueError(f"no records to write to {out}")
         manifest = make_manifest(shards, about)
@@ -54,20 +61,25 @@ def write_shards(
     return out
 
 
-def _write_all(records: Iterable[Record], folder: Path, shard_bytes: int) -> Iterator[dict[str, Any]]:
+def _write_all(
+    records: Iterable[Record], folder: Path, shard_bytes: int, kind_of: Callable[[bytes], str | None]
+) -> Iterator[dict[str, Any]]:
     """Writes shard after shard; yields their manifest entries."""
     shard: _Shard | None = None
     n_shards = 0
     try:
-        for number, (meta, image) in enumerate(records):
-            text, kind, n_dialogs = _checked(meta, image, f"record {number:,}")
-            if shard is not None and shard.size + _padded(text) + _padded(image or b"") > shard_bytes:
+        for number, (meta, held) in enumerate(records):
+            pictures = [] if held is None else [held] if isinstance(held, bytes) else list(held)
+            text, n_dialogs = _checked(meta, f"record {number:,}")
+            kinds = [_kind(picture, kind_of, f"record {number:,}") for picture in pictures]
+            size = _padded(text) + sum(_padded(picture) for picture in pictures)
+            if shard is not None and shard.size + size > shard_bytes:
                 yield shard.finish()
                 shard = None
             if shard is None:
                 shard = _Shard(folder / f"shard-{n_shards:06d}.tar")
                 n_shards += 1
-            shard.add(f"{number:08d}", text, image, kind, n_dialogs)
+            shard.add(f"{number:08d}", text, list(zip(kinds, pictures, strict=True)), n_dialogs)
         if shard is not None:
             yield shard.finish()
     finally:
@@ -75,22 +87,24 @@ def _write_all(records: Iterable[Record], folder: Path, shard_bytes: int) -> Ite
             shard.close()
 
 
-def _checked(meta: Mapping[str, Any], image: bytes | None, where: str) -> tuple[bytes, str, int]:
-    """(JSON bytes, image extension or "", number of dialogs) of a record."""
+def _checked(meta: Mapping[str, Any], where: str) -> tuple[bytes, int]:
+    """(JSON bytes, number of dialogs) of a record."""
     n_dialogs = len(dialogs_of(meta, where))
     text = dump_json(meta)
     if len(text) > MAX_JSON:
         raise ValueError(f"{where}: the JSON has {len(text):,} bytes, at most {MAX_JSON:,} can be read back")
-    if image is None:
-        return text, "", n_dialogs
-    kind = extension(image)
+    return text, n_dialogs
+
+
+def _kind(image: bytes, kind_of: Callable[[bytes], str | None], where: str) -> str:
+    kind = kind_of(image)
     if kind is None:
         raise ValueError(
             f"{where}: the image is no JPEG, PNG or WebP (starts with {image[:8]!r}); convert it first"
         )
     if len(image) >= 1 << 32:
         raise ValueError(f"{where}: the image has {len(image):,} bytes, less than 4 GiB is possible")
-    return text, kind, n_dialogs
+    return kind
 
 
 def _padded(data: bytes) -> int:
@@ -113,21 +127,28 @@ class _Shard:
     def size(self) -> int:
         return int(self.tar.offset)
 
-    def add(self, key: str, text: bytes, image: bytes | None, kind: str, n_dialogs: int) -> None:
-        offset = -1 if image is None else self._member(f"{key}.{kind}", image)
-        row = {
-            "image_offset": offset,
-            "image_size": len(image or b""),
-            "image_crc": zlib.crc32(image or b""),
-            "image_kind": IMAGE_KINDS.index(kind),
-            "json_offset": self._member(f"{key}.json", text),
-            "json_size": len(text),
-            "json_crc": zlib.crc32(text),
-            "dialogs": n_dialogs,
-        }
+    def add(self, key: str, text: bytes, pictures: Sequence[tuple[str, bytes]], n_dialogs: int) -> None:
+        """Appends a record. pictures: (extension, bytes) of each."""
+        numbered = [f"{key}.{i}" for i in range(len(pictures))] if len(pictures) > 1 else [key]
+        spans = [
+            (self._member(f"{stem}.{kind}", data), len(data), zlib.crc32(data), IMAGE_KINDS.index(kind))
+            for stem, (kind, data) in zip(numbered, pictures, strict=False)
+        ]
+        first = spans[0] if spans else (-1, 0, 0, 0)
+        for span in spans[1:]:
+            self._row("more_", (len(self.keys), *span), ("record", "offset", "size", "crc", "kind"))
+        self._row("image_", first, ("offset", "size", "crc", "kind"))
+        self._row(
+            "json_",
+            (self._member(f"{key}.json", text), len(text), zlib.crc32(text)),
+            ("offset", "size", "crc"),
+        )
+        self.columns["dialogs"].append(n_dialogs)
         self.keys.append(key)
-        for name, value in row.items():
-            self.columns[name].append(value)
+
+    def _row(self, prefix: str, values: Sequence[int], names: Sequence[str]) -> None:
+        for name, value in zip(names, values, strict=True):
+            self.columns[prefix + name].append(value)
 
     def _member(self, name: str, data: bytes) -> int:
         """Appends a member; returns the offset of its data."""
@@ -152,7 +173,7 @@ class _Shard:
             "nsamples": len(self.keys),
             "filesize": self.path.stat().st_size,
             "dialogs": sum(self.columns["dialogs"]),
-            "images": sum(kind > 0 for kind in self.columns["image_kind"]),
+            "images": sum(kind > 0 for kind in self.columns["image_kind"]) + len(self.columns["more_kind"]),
             "index": index.name,
             "index_sha256": hashlib.sha256(content).hexdigest(),
         }
