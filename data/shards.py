@@ -16,8 +16,11 @@ from data.images import extension
 from data.index import IMAGE_KINDS, MANIFEST, index_bytes, make_manifest, manifest_hash, read_manifest
 from data.records import MAX_JSON, dialogs_of, dump_json
 
-Record = tuple[Mapping[str, Any], bytes | Sequence[bytes] | None]
-"""The JSON of a record (see data.records) and original bytes of its picture: several, or None."""
+Record = tuple[Mapping[str, Any], bytes | None]
+"""The JSON of a record (see data.records) and its picture's original bytes, None for text only."""
+
+Pictured = tuple[Mapping[str, Any], bytes | Sequence[bytes] | None]
+"""A record that may have several pictures."""
 
 _BLOCK = 512
 _COLUMNS = (
@@ -29,7 +32,7 @@ _COLUMNS = (
 
 
 def write_shards(
-    records: Iterable[Record],
+    records: Iterable[Pictured],
     out: Path,
     *,
     shard_bytes: int = 256 << 20,
@@ -62,7 +65,7 @@ def write_shards(
 
 
 def _write_all(
-    records: Iterable[Record], folder: Path, shard_bytes: int, kind_of: Callable[[bytes], str | None]
+    records: Iterable[Pictured], folder: Path, shard_bytes: int, kind_of: Callable[[bytes], str | None]
 ) -> Iterator[dict[str, Any]]:
     """Writes shard after shard; yields their manifest entries."""
     shard: _Shard | None = None

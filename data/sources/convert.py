@@ -8,10 +8,10 @@ from typing import Any
 
 from data.atomic import locked, remove_drafts
 from data.index import MANIFEST
-from data.shards import Record, write_shards
+from data.shards import Pictured, write_shards
 
 
-def converted(out: Path, records: Callable[[], Iterable[Record]], about: Mapping[str, Any]) -> Path:
+def converted(out: Path, records: Callable[[], Iterable[Pictured]], about: Mapping[str, Any]) -> Path:
     """`out`, filled from `records()` if it is not there yet; a second process waits for the first."""
     if (out / MANIFEST).exists():
         return out
