@@ -19,6 +19,7 @@ import toolkit
 from data.tokens import WorldTokenizer
 from tests.asking import QUESTIONS, TOKENIZER, picture
 from tests.compositions import one
+from tests.helpers import make_batch, small_model, take
 from tests.test_convert import golden_file
 from tests.test_encoders import TINY_CLIP, tiny_clip
 from toolkit import Sampling, checkpoint, generate, loading, questions
@@ -362,3 +363,55 @@ def test_a_v5_checkpoint_needs_its_scan_and_layout(visual: Callable[[int], Path]
     before = model.first_turn("<image>\nhi", image=True)[0]
     assert before == Text("User: hi\n") and model.name == "model v5 with scan=2d layout=sandwich"
     assert model.answer(picture(1), Q, Sampling(max_new_tokens=2)) is not None
+
+
+def test_a_class_token_in_front_as_in_v5_0(visual: Callable[[int], Path]) -> None:
+    """Against the language model alone over embeddings in that order."""
+    folder = visual(5)
+    with pytest.raises(ValueError, match=r"write class_token=first for v5\.0, class_token=last for v5\.1"):
+        toolkit.load(folder, scan="uni", layout="prefix")
+    with pytest.raises(ValueError, match="write class_token=first or class_token=last"):
+        toolkit.load(folder, scan="uni", layout="prefix", class_token="middle")
+    model = toolkit.load(folder, scan="uni", layout="prefix", class_token="first")
+    assert model.name.endswith("class_token=first") and model.vision is not None
+    turn = model.first_turn(Q, image=True)
+    with torch.inference_mode():
+        found = model.read_first([turn], [(picture(1), Q)])[0]
+        pixels = model.vision.encoder.transform()(picture(1)).unsqueeze(0)
+        projected = model.vision.proj(model.vision.encode(pixels))
+        first, *rest = [model.words.encode(s.text) for s in turn if isinstance(s, Text)]
+        later = [i for ids in rest for i in ids]
+        before, after = (model.rwkv.emb(torch.tensor([ids])) for ids in (first, later))
+        for place in ("first", "last"):
+            parts = [projected.extra, projected.patches][:: 1 if place == "first" else -1]
+            x = torch.cat([before, *parts, after], dim=1)
+            wanted = model.rwkv.head(model.rwkv(x)[0][:, -1])
+            assert torch.allclose(found, wanted, rtol=1e-4, atol=1e-5) == (place == "first")
+
+
+def test_stored_scan_orders_tell_v5_1(visual: Callable[[int], Path], tmp_path: Path) -> None:
+    state = dict(Weights(visual(5) / "model.safetensors").items()) | {"spiral_order": torch.arange(16)}
+    save_file(state, tmp_path / "w.safetensors")
+    convert(tmp_path / "w.safetensors", tmp_path / "v51")
+    model = toolkit.load(tmp_path / "v51", scan="uni", layout="prefix")
+    assert model.vision is not None and not model.vision.extra_first
+
+
+@pytest.mark.parametrize("scan", ["uni", "2d"])
+def test_the_scan_begins_behind_a_class_token_in_front(scan: str) -> None:
+    model = small_model(scan=scan, n_extra=2).double()
+    model.extra_first = True
+    batch = make_batch(model, [(3, 5, 1), (0, 2, 1), (-1, 4, 1)], dtype=torch.float64)
+    for i in range(3):
+        alone = take(batch, model, i)
+        start = alone.image_start
+        with torch.no_grad():
+            x = model.rwkv.emb(alone.ids)
+            if start >= 0:
+                projected = model.proj(model.encode(alone.pixels))
+                image = torch.cat((projected.extra, projected.patches), dim=1)
+                x = torch.cat((x[:, :start], image, x[:, start + model.n_image :]), dim=1)
+                start = start + 2
+            wanted = model.rwkv(x, scan=model.scan, image_start=start)[0]
+            torch.testing.assert_close(model.hidden(batch)[i : i + 1, : x.shape[1]], wanted)
+            torch.testing.assert_close(model.prefill(batch)[0][i : i + 1, : x.shape[1]], wanted)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -134,3 +136,38 @@ def test_a_run_from_scratch_keeps_its_name(folder: Path) -> None:
     plain, pretrained = one(*WORDS), one(*WORDS, f"lm.weights={folder}")
     older = {k: v for k, v in plain.items() if k not in ("lm", "proj")}
     assert run_id(plain) == run_id(older) != run_id(pretrained)
+
+
+def test_missing_towers_are_told_before_torch(tmp_path: Path) -> None:
+    said = problems("encoder=open_clip", "encoder.weights=nowhere", complete=True)
+    assert "command line: encoder.weights: no file 'nowhere'" in said
+    assert "ViT-L-14-336-quickgelu" in said and "openai/clip-vit-large-patch14-336" in said
+    assert "python -m toolkit.convert FILE --to FOLDER" in said
+    said = problems("encoder=timm", "encoder.model=vit_tiny_patch16_224", complete=True)
+    assert "encoder.weights: is empty" in said and "timm's 'vit_tiny_patch16_224'" in said
+    torch.save({}, tmp_path / "clip.bin")
+    said = problems("encoder=open_clip", f"encoder.weights={tmp_path}", complete=True)
+    assert f"`python -m toolkit.convert {tmp_path / 'clip.bin'} --to {tmp_path / 'clip'}`" in said
+    members = "[{name:conv},{name:timm,model:vit_tiny_patch16_224,weights:gone}]"
+    said = problems("encoder=fused", f"encoder.members={members}", complete=True)
+    assert "encoder.members[1].weights: no file 'gone'" in said
+    composed("encoder=open_clip", "encoder.weights=random", complete=True)
+
+
+def test_check_finds_missing_weights_without_torch() -> None:
+    """`--check` needs no weights, but those that are named must be there."""
+    words = ["encoder=open_clip", "encoder.weights=gone", "lm.weights=away", "proj.weights=lost"]
+    code = (
+        "import sys\nfrom toolkit.run import main\n"
+        f"code = main(['recipe=quickstart', '--check', 'model.vocab=world', *{words}])\n"
+        "assert code == 2 and 'torch' not in sys.modules, code"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for line in (
+        "lm.weights: no file 'away'",
+        "proj.weights: no file 'lost'",
+        "encoder.weights: no file 'gone'",
+    ):
+        assert f"command line: {line}" in done.stderr
+    assert composed("encoder=open_clip", complete=False)

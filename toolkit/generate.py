@@ -40,6 +40,7 @@ class Words(Sampling):
     plugins: str = ""
     scan: str = ""
     layout: str = ""
+    class_token: Annotated[str, Choices("", "first", "last")] = ""
 
     @property
     def options(self) -> Sampling:
@@ -70,6 +71,7 @@ HELP = {
     "plugins": "modules, by commas, with the run's components that are not ours",
     "scan": "with weights of a VisualRWKV: the scan it was trained with; v6.0: bi",
     "layout": "with weights of a VisualRWKV: prefix, suffix or sandwich; v6.0: sandwich",
+    "class_token": "with weights of a VisualRWKV v5 and scan=uni: first (v5.0) or last (v5.1)",
     "max_new_tokens": "largest length of an answer",
     "temperature": "0 takes the most likely token, greater ones draw",
     "top_p": "draws from the most likely tokens that hold this share",
@@ -168,7 +170,7 @@ def check(asked: Words, *, chat: bool) -> None:
     ):  # fmt: skip
         if getattr(asked, key) and getattr(asked, other):
             raise fail(COMMAND_LINE, key, f"given beside {other}", fix=f"leave out {key} or {other}")
-    for key in ("scan", "layout"):
+    for key in ("scan", "layout", "class_token"):
         if getattr(asked, key) and not asked.weights:
             raise fail(
                 COMMAND_LINE, key, "given without weights", fix=f"a run says it itself; leave out {key}"
@@ -192,6 +194,7 @@ def _go(asked: Words, folder: Path, listed: Sequence[questions.Question], *, cha
         plugins=plugins,
         scan=asked.scan,
         layout=asked.layout,
+        class_token=asked.class_token,
     )
     if listed:
         _answer_file(model, asked, listed)

@@ -15,19 +15,31 @@ from data.tokens import Tokenizer, WorldTokenizer, load_tokenizer
 from toolkit import checkpoint, register
 from toolkit.build import build_model, from_dict
 from toolkit.explain import closest, fail
+from toolkit.naming import DERIVED
 from toolkit.pretrained import load_language_model
 from toolkit.rundir import run_id
 from toolkit.runs import CONFIG, VOCABULARY, WEIGHTS, read_config
 from toolkit.schema import ModelConf, PartConf, RunConf
 from toolkit.session import Answerer
-from toolkit.weights import config_of
+from toolkit.weights import WEIGHTS as FILE
+from toolkit.weights import Weights, config_of
 
 log = logging.getLogger("toolkit.generate")
 
 PRECISIONS = ("fp32", "bf16")
 CLIP = "ViT-L-14-336-quickgelu"
 """The tower of VisualRWKV v5.x and v6.0."""
+CLASS_TOKEN = ("first", "last")
 NO_LIMIT = 1 << 30  # a checkpoint does not tell the context it was trained with
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """What a VisualRWKV checkpoint does not tell of its training; empty where it was not said."""
+
+    scan: str = ""
+    layout: str = ""
+    class_token: str = ""
 
 
 def load(
@@ -38,24 +50,29 @@ def load(
     plugins: Sequence[str] = (),
     scan: str = "",
     layout: str = "",
+    class_token: str = "",
 ) -> Answerer:
     """The model of a finished run, or of a folder that `toolkit.convert` wrote, ready to be asked.
 
     device: auto, cpu or cuda. precision: fp32 or bf16; empty is the run's own. plugins: modules that
     register the run's own components; they are imported because you name them, never because a run does.
     scan, layout: names of the scan and the prompt that a converted VisualRWKV checkpoint was trained with.
+    class_token: first (v5.0) or last (v5.1, v6.0), its place beside the patches in such a checkpoint.
     Raises ValueError for what is no finished run, with what to do.
     """
     folder, place = Path(path).expanduser(), device_of(device)
     if precision not in ("", *PRECISIONS):
         raise ValueError(f"precision={precision}: write precision=fp32 or precision=bf16")
     if (folder / CONFIG).exists():
-        if scan or layout:
+        if scan or layout or class_token:
             raise ValueError(
-                f"{folder}: the run's config says its scan and layout; leave out scan= and layout="
+                f"{folder}: the run's config says its scan and layout; leave out scan=, layout= and "
+                "class_token="
             )
         return _run(folder, place, precision, plugins)
-    return converted(folder, place, precision, scan, layout)
+    if class_token not in ("", *CLASS_TOKEN):
+        raise ValueError(f"class_token={class_token}: write class_token=first or class_token=last")
+    return converted(folder, place, precision, Trained(scan, layout, class_token))
 
 
 def device_of(name: str) -> torch.device:
@@ -101,7 +118,7 @@ def _without_start(conf: RunConf, learned: Sequence[str]) -> RunConf:
     return dataclasses.replace(conf, **begun)
 
 
-def converted(folder: Path, device: torch.device, precision: str, scan: str, layout: str) -> Answerer:
+def converted(folder: Path, device: torch.device, precision: str, trained: Trained) -> Answerer:
     """A VisualRWKV checkpoint or a language model from a folder that `toolkit.convert` wrote."""
     register.discover()
     parts = config_of(str(folder)).get("parts", {})
@@ -112,9 +129,11 @@ def converted(folder: Path, device: torch.device, precision: str, scan: str, lay
             "`python -m toolkit.convert FILE --to FOLDER` makes the latter"
         )
     if {"proj", "vit"} <= set(parts):
-        return _visual(folder, parts, device, precision, scan, layout)
-    if scan or layout:
-        raise ValueError(f"{folder}: a language model without vision parts has no scan and no layout")
+        return _visual(folder, parts, device, precision, known_training(folder, parts, trained))
+    if trained != Trained():
+        raise ValueError(
+            f"{folder}: a language model without vision parts has no scan, no layout and no class token"
+        )
     dtype = None if device.type == "cuda" and not precision else torch.float32
     dtype = torch.bfloat16 if precision == "bf16" else dtype
     rwkv, sizes = load_language_model(str(folder), dtype=dtype, device=device)
@@ -123,12 +142,11 @@ def converted(folder: Path, device: torch.device, precision: str, scan: str, lay
     return Answerer(rwkv, _tokenizer(sizes), _bound("prompt", "prefix"), None, f"model {folder.name}")
 
 
-def _visual(
-    folder: Path, parts: Mapping[str, Any], device: torch.device, precision: str, scan: str, layout: str
-) -> Answerer:
-    """VisualRWKV with its CLIP tower. The file does not tell scan and layout: v6.0's are known."""
-    sizes, weights = parts["rwkv"], PartConf(str(folder))
-    if not (scan and layout) and sizes["version"] != "6":
+def known_training(folder: Path, parts: Mapping[str, Any], said: Trained) -> Trained:
+    """How a checkpoint was trained: v6.0's way is known, of v5.x the user must say it. ValueError if not."""
+    six = parts["rwkv"]["version"] == "6"
+    scan, layout, place = said.scan, said.layout, said.class_token
+    if not (scan and layout) and not six:
         raise ValueError(
             f"{folder}: a VisualRWKV v5 checkpoint does not tell how it was trained; write scan= "
             f"({', '.join(sorted(register.components('scan')))}) and layout= "
@@ -137,24 +155,41 @@ def _visual(
     if not (scan and layout):
         scan, layout = scan or "bi", layout or "sandwich"
         log.warning("%s: asked with scan=%s layout=%s, as v6.0 was trained", folder, scan, layout)
+    # v5.0 has one scan only; from v5.1 on the class token is last, and v5.1 stores its scans' orders.
+    v50 = not six and scan == "uni" and not any(n in Weights(folder / FILE) for n in DERIVED)
+    if v50 and not place:
+        raise ValueError(
+            f"{folder}: v5.0 and v5.1 with scan=uni have the same tensors; write class_token=first for "
+            "v5.0, class_token=last for v5.1"
+        )
+    return Trained(scan, layout, place or "last")
+
+
+def _visual(
+    folder: Path, parts: Mapping[str, Any], device: torch.device, precision: str, trained: Trained
+) -> Answerer:
+    """VisualRWKV with its CLIP tower."""
+    sizes, weights = parts["rwkv"], PartConf(str(folder))
     # Paper: v5.x and v6.0 differ in what their sandwich repeats.
-    form = {"form": "v5"} if layout == "sandwich" and sizes["version"] != "6" else {}
+    form = {"form": "v5"} if trained.layout == "sandwich" and sizes["version"] != "6" else {}
     conf = RunConf(
         model=ModelConf(sizes["d_model"], sizes["n_layer"], ctx_len=NO_LIMIT, vocab="world"),
         lm=weights,
         proj=weights,
         encoder={"name": "open_clip", "model": CLIP, "weights": str(folder)},
         projector={k: v for k, v in parts["proj"].items() if k in ("name", "form")},
-        scan={"name": scan},
-        prompt={"name": layout, **form},
+        scan={"name": trained.scan},
+        prompt={"name": trained.layout, **form},
         recurrence=sizes["recurrence"],
     )
     for kind in ("scan", "prompt"):
         _bound(kind, getattr(conf, kind)["name"])
     model = build_model(conf, vocab_size=sizes["vocab_size"], device=device).to(device)
+    model.extra_first = trained.class_token == "first"
     model.eval().requires_grad_(False)
     prompt = register.bind("prompt", conf.prompt)
-    name = f"model {folder.name} with scan={scan} layout={layout}"
+    name = f"model {folder.name} with scan={trained.scan} layout={trained.layout}"
+    name += " class_token=first" if model.extra_first else ""
     return Answerer(model.rwkv, _tokenizer(sizes), prompt, model, name, precision == "bf16")
 
 

@@ -33,12 +33,18 @@ class VisualRWKV(nn.Module):
         rwkv: LanguageModel,
         *,
         table: Sequence[Sequence[int]],
+        extra_first: bool = False,
     ) -> None:
+        """table: the scan, [n_layer][P]. extra_first: whether the extra vectors precede the patches.
+
+        Paper: the class token follows the patches in v5.1 and v6.0, and precedes them in v5.0 and v5.2.
+        """
         super().__init__()
         self.encoder = encoder
         self.proj = projector
         self.rwkv = rwkv
         self.scan = ScanSteps(table)
+        self.extra_first = extra_first
 
     @property
     def n_image(self) -> int:
@@ -68,12 +74,18 @@ class VisualRWKV(nn.Module):
                 return x
             features = self.encode(batch.pixels)
         projected = self.proj(features)
-        vectors = torch.cat((projected.patches, projected.extra), dim=1)  # [n_images, n_image, D]
+        parts = (projected.patches, projected.extra)
+        vectors = torch.cat(parts[::-1] if self.extra_first else parts, dim=1)  # [n_images, n_image, D]
         rows = image_rows(batch) if batch.images is None else batch.images  # [n_images]
         first = rows * x.shape[1] + batch.image_start[rows]
         places = first.unsqueeze(1) + torch.arange(vectors.shape[1], device=x.device)  # [n_images, n_image]
         flat = x.flatten(0, 1).index_copy(0, places.flatten(), vectors.flatten(0, 1).to(x.dtype))
         return flat.view(x.shape)
+
+    def scan_start(self, batch: Batch) -> Tensor:
+        """Where the patches begin, [B]: at the image, or behind the extra vectors that precede them."""
+        start = batch.image_start
+        return start + self.encoder.n_extra * (start != NO_IMAGE) if self.extra_first else start
 
     def hidden(self, batch: Batch) -> Tensor:
         """Normalised hidden states [B, T, D], for training.
@@ -81,13 +93,13 @@ class VisualRWKV(nn.Module):
         Padding follows every sample's own tokens, so it changes nothing at them; only the state after
         the last position would be another one, and it is not used.
         """
-        x, _ = self.rwkv(self.embed(batch), scan=self.scan, image_start=batch.image_start)
+        x, _ = self.rwkv(self.embed(batch), scan=self.scan, image_start=self.scan_start(batch))
         return x
 
     def prefill(self, batch: Batch) -> tuple[Tensor, State]:
         """Hidden states [B, T, D] and the state at each sample's own end, to generate from."""
         x, state = self.rwkv(
-            self.embed(batch), scan=self.scan, image_start=batch.image_start, lengths=batch.lengths
+            self.embed(batch), scan=self.scan, image_start=self.scan_start(batch), lengths=batch.lengths
         )
         return x, state
 

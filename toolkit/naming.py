@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+DERIVED = ("spiral_order", "snake_order", "zigzag_order")
+"""Scan orders that VisualRWKV v5.1 stores although they follow from the size; kept for the way back."""
+
+
 @dataclass(frozen=True)
 class Layout:
     """One way to name a tower. `layers` stands before a layer's number, `probe` is always there."""

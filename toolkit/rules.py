@@ -8,7 +8,7 @@ from typing import Any
 from toolkit.explain import Problem, closest
 from toolkit.layers import Plan
 from toolkit.register import KINDS, components
-from toolkit.weights import DOWNLOADS, absent, settings_of
+from toolkit.weights import DOWNLOADS, absent, how_to_get, settings_of, tower_download
 
 Config = Mapping[str, Any]
 PARTS = ("encoder", "proj", "rwkv")
@@ -169,16 +169,48 @@ def missing(cfg: Config, keys: list[str], plan: Plan) -> list[Problem]:
         if kind in KINDS:
             what += f" ({kind} {cfg[kind]['name']!r} needs it)"
         problems.append(_missing(key, what, plan))
-    for section in _OWNERS:
-        given = cfg.get(section, {}).get("weights", "")
-        wrong = absent(given, key=f"{section}.weights", download=DOWNLOADS[section]) if given else ""
-        if wrong:
-            what, _, fix = wrong.removeprefix(f"{section}.weights: ").partition("; ")
-            problems.append(Problem(where(plan, f"{section}.weights"), f"{section}.weights", what, (), fix))
+    problems += absent_weights(cfg, plan)
     for reader, split in _splits(cfg):
         if cfg["data"].get(split) == "" and f"data.{split}" not in keys:
             problems.append(_missing(f"data.{split}", f"not given, but {reader}={split} reads it", plan))
     return problems
+
+
+def absent_weights(cfg: Config, plan: Plan, *, empty: bool = True) -> list[Problem]:
+    """Weights that the config names and that cannot be read, with what to download and how to convert it.
+
+    empty: whether towers that need weights and name none are told as well; counting parameters needs none.
+    """
+    problems = []
+    for section in _OWNERS:
+        given = cfg.get(section, {}).get("weights", "")
+        wrong = absent(given, key=f"{section}.weights", download=DOWNLOADS[section]) if given else ""
+        problems += _told(f"{section}.weights", wrong, plan)
+    for key, node in _towers("encoder", cfg["encoder"]):
+        given = node.get("weights", "random")
+        # An encoder that takes the name of a model and a path of weights has no weights of its own.
+        if given == "random" or not (given or (empty and "model" in node)):
+            continue
+        what = tower_download(str(node["name"]), str(node.get("model")))
+        wrong = absent(given, key=key, download=what) if given else ""
+        problems += _told(key, wrong or ("" if given else f"{key}: is empty; {how_to_get(key, what)}"), plan)
+    return problems
+
+
+def _towers(path: str, node: Any) -> Iterator[tuple[str, Config]]:
+    """(key of its weights, node) of an encoder, or of each member of a fused one."""
+    members = node.get("members") if isinstance(node, Mapping) else None
+    if members:
+        for number, member in enumerate(members):
+            yield from _towers(f"{path}.members[{number}]", member)
+    elif isinstance(node, Mapping):
+        yield f"{path}.weights", node
+
+
+def _told(key: str, wrong: str, plan: Plan) -> list[Problem]:
+    """A complaint `key: what; fix` as a problem; none for an empty one."""
+    what, _, fix = wrong.removeprefix(f"{key}: ").partition("; ")
+    return [Problem(where(plan, key), key, what, (), fix)] if wrong else []
 
 
 def _missing(key: str, what: str, plan: Plan) -> Problem:

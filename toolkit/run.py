@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from toolkit import compose, recipes, register
+from toolkit import compose, recipes, register, rules
 from toolkit.compose import Job, Request
-from toolkit.explain import fail, guarded
+from toolkit.explain import BadRecipe, fail, guarded
 from toolkit.layers import scales
 
 log = logging.getLogger("toolkit.run")
@@ -125,6 +125,11 @@ def _root_logger_kept() -> Iterator[None]:
 def _check(request: Request) -> int:
     """Builds every row on the meta device and prints its sizes."""
     composed = [(job, compose.compose(job, complete=False)) for job in request.jobs]
+    absent = [
+        problem for job, cfg in composed for problem in rules.absent_weights(cfg, job.plan, empty=False)
+    ]
+    if absent:
+        raise BadRecipe(list(dict.fromkeys(absent)))
     from toolkit.job import check
 
     for job, cfg in composed:

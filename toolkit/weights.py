@@ -53,6 +53,19 @@ DOWNLOADS = {
 """Section of a recipe -> what to download for its weights, by name."""
 
 
+TOWERS = {
+    "ViT-L-14-336-quickgelu": " (the paper's tower: repository openai/clip-vit-large-patch14-336, file "
+    "pytorch_model.bin or model.safetensors; VisualRWKV checkpoints hold it too)",
+}
+"""Model of an encoder -> where its weights are, for those that recipes here use."""
+
+
+def tower_download(encoder: str, model: str) -> str:
+    """What to download for a tower's weights, by name, without asking its library."""
+    where = TOWERS.get(model, "")
+    return f"the weights of {encoder}'s '{model}'{where}, or a CLIP, SigLIP or DINOv2 file of the hub"
+
+
 @dataclass(frozen=True)
 class Entry:
     """One tensor of a file; begin and end count from the end of the header."""

@@ -8,10 +8,9 @@ from typing import Any
 
 from toolkit.convert import language, vision
 from toolkit.convert.faults import Shape, cause_of, few, grouped
+from toolkit.naming import DERIVED
 
 RWKV, VISUALRWKV, VISUAL, TOWER = "RWKV", "VisualRWKV", "VisualRWKV without its language model", "tower"
-DERIVED = ("spiral_order", "snake_order", "zigzag_order")
-"""Scan orders that VisualRWKV v5.1 stores although they follow from the size; kept for the way back."""
 
 
 @dataclass
