@@ -169,10 +169,10 @@ def missing(cfg: Config, keys: list[str], plan: Plan) -> list[Problem]:
         if kind in KINDS:
             what += f" ({kind} {cfg[kind]['name']!r} needs it)"
         problems.append(_missing(key, what, plan))
-    problems += absent_weights(cfg, plan)
     for reader, split in _splits(cfg):
         if cfg["data"].get(split) == "" and f"data.{split}" not in keys:
             problems.append(_missing(f"data.{split}", f"not given, but {reader}={split} reads it", plan))
+    problems += absent_weights(cfg, plan)
     return problems
 
 
