@@ -1,7 +1,7 @@
 """Tile helpers of the WKV-5/6 kernels: loading, products of the wanted exactness, sums over time.
 
 Products. With SPLIT (bfloat16 inputs) a float32 operand is written as the sum of two bfloat16 numbers and
-the product as two or three tensor-core products: relative error about 2^-17, where one bfloat16 product has
+the product as two or three tensor-core products: relative error about 2^-16, where one bfloat16 product has
 2^-9 and tf32 2^-11 (truncated). Inputs as they were given are exact in one part. Without SPLIT (float32 and
 float16 inputs) operands are float32 and a product is `tf32x3`, about 2^-21.
 
@@ -66,9 +66,13 @@ def square_t(cut, N: tl.constexpr, BV: tl.constexpr):
 
 @triton.jit
 def parts(x):
-    """float32 x as the sum of two bfloat16 tiles."""
-    high = x.to(tl.bfloat16)
-    return high, (x - high.to(tl.float32)).to(tl.bfloat16)
+    """float32 x as the sum of two bfloat16 tiles: its upper half as it stands, and the rest, rounded.
+
+    Cutting, not rounding: conversions of single numbers are slow instructions, and these need none.
+    """
+    bits = x.to(tl.uint32, bitcast=True)
+    rest = x - (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True), rest.to(tl.bfloat16)
 
 
 @triton.jit
@@ -93,31 +97,40 @@ def diagonal_of(x, i, j):
 
 
 @triton.jit
-def mm(a, b, SPLIT: tl.constexpr):
-    """a @ b of two float32 tiles."""
+def plus(x, acc):
+    """x + acc, or x where acc is None."""
+    if acc is None:
+        return x
+    else:
+        return x + acc
+
+
+@triton.jit
+def mm(a, b, SPLIT: tl.constexpr, acc=None):
+    """a @ b (+ acc) of two float32 tiles."""
     if SPLIT:
         ah, al = parts(a)
         bh, bl = parts(b)
         if b.shape[1] == NARROW:
             both = beside(bh, bl)
-            return together(tl.dot(ah, both, tl.dot(al, both)))
+            return plus(together(tl.dot(ah, both, tl.dot(al, both))), acc)
         else:
-            return tl.dot(ah, bh, tl.dot(ah, bl, tl.dot(al, bh)))
+            return tl.dot(ah, bh, tl.dot(ah, bl, tl.dot(al, bh, acc)))
     else:
-        return tl.dot(a, b, input_precision="tf32x3")
+        return tl.dot(a, b, acc, input_precision="tf32x3")
 
 
 @triton.jit
-def mm_left(a, b, SPLIT: tl.constexpr):
-    """a @ b, a an input tile as it was given (exact in one part), b float32."""
+def mm_left(a, b, SPLIT: tl.constexpr, acc=None):
+    """a @ b (+ acc), a an input tile as it was given (exact in one part), b float32."""
     if SPLIT:
         bh, bl = parts(b)
         if b.shape[1] == NARROW:
-            return together(tl.dot(a, beside(bh, bl)))
+            return plus(together(tl.dot(a, beside(bh, bl))), acc)
         else:
-            return tl.dot(a, bh, tl.dot(a, bl))
+            return tl.dot(a, bh, tl.dot(a, bl, acc))
     else:
-        return tl.dot(a.to(tl.float32), b, input_precision="tf32x3")
+        return tl.dot(a.to(tl.float32), b, acc, input_precision="tf32x3")
 
 
 @triton.jit
@@ -144,7 +157,7 @@ def over_time(mask, x, EXACT: tl.constexpr, SPLIT: tl.constexpr):
     """mask @ x: for each row the sum of the rows of x that the boolean mask [L, L] picks.
 
     EXACT: x is bfloat16 as it was given; otherwise float32, with SPLIT in two parts. That is enough for log
-    decays: an error of 2^-17 of the sum matters only where the sum is large, and there its weight has gone.
+    decays: an error of 2^-16 of the sum matters only where the sum is large, and there its weight has gone.
     """
     if SPLIT:
         m = mask.to(tl.bfloat16)

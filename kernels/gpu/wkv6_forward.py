@@ -215,11 +215,11 @@ def walk(
         out = mm_right(found, xt, SPLIT)
         fade = tl.exp2(-decay)[None, :]
         if REVERSE:
-            out += mm(key, tl.trans(s), SPLIT)
-            s = s * fade + mm_left(tl.trans(xt), query, SPLIT)
+            out = mm(key, tl.trans(s), SPLIT, out)
+            s = mm_left(tl.trans(xt), query, SPLIT, s * fade)
         else:
-            out += mm(query, tl.trans(s), SPLIT)
-            s = s * fade + mm_left(tl.trans(xt), key, SPLIT)
+            out = mm(query, tl.trans(s), SPLIT, out)
+            s = mm_left(tl.trans(xt), key, SPLIT, s * fade)
         store_tile(y_at, row, n, H * N, out, BV, L)
     last = begin == 0 if REVERSE else end == n_chunks
     if last:
@@ -273,7 +273,7 @@ def local(
             weighted = at * tl.exp2(prefix(wt, row, i, j, N, L, STATIC, SPLIT))
         else:
             weighted = at * tl.exp2(suffix(wt, row, n, i, j, N, L, STATIC, SPLIT))
-        s = s * tl.exp2(total)[None, :] + mm_left(tl.trans(xt), weighted, SPLIT)
+        s = mm_left(tl.trans(xt), weighted, SPLIT, s * tl.exp2(total)[None, :])
         all_of_it += total
     where = program.to(tl.int64) * H + head
     tl.store(carry + where * (N * N) + square(0, N, N), s)
