@@ -27,7 +27,7 @@ class Conversation:
     """Turns about one image, or about none. The state holds all of them: asking again costs the new text.
 
     state: after everything read, None before the first turn. unread: ids written since. looked: whether
-    the image was read without a question.
+    the image was read without a question. written: tokens of the last answer, counted as they come.
     """
 
     def __init__(self, model: Answerer, image: Picture | None = None) -> None:
@@ -36,6 +36,7 @@ class Conversation:
         self.state: State | None = None
         self.unread: list[int] = []
         self.looked = False
+        self.written = 0
         self._writing: Generator[str, None, None] | None = None
 
     def fork(self) -> Conversation:
@@ -88,6 +89,7 @@ class Conversation:
                 try:
                     while True:
                         ids.append(int(writer.token))
+                        self.written = len(ids)
                         said.append(text.feed(ids[-1]))
                         if said[-1]:
                             yield said[-1]

@@ -10,24 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from toolkit import questions, runs
-from toolkit.explain import COMMAND_LINE, BadRecipe, closest, fail, guarded
-from toolkit.register import Choices, Range
+from toolkit import questions
+from toolkit.asked import MODEL_HELP, ModelWords, check_flags, folder_of, opened, understood
+from toolkit.explain import COMMAND_LINE, BadRecipe, fail, guarded
+from toolkit.register import Range
 from toolkit.sampling import Sampling
 
 if TYPE_CHECKING:
     from toolkit.conversation import Conversation
     from toolkit.session import Answerer
 
+COMMAND = "toolkit.generate"
 FLAGS = ("--chat", "--help", "-h")
 
 
 @dataclass(frozen=True)
-class Words(Sampling):
+class Words(Sampling, ModelWords):
     """What the command line may say; HELP tells of each."""
 
-    run: str = ""
-    weights: str = ""
     image: str = ""
     prompt: str = ""
     file: str = ""
@@ -35,12 +35,6 @@ class Words(Sampling):
     batch: Annotated[int, Range(1)] = 8
     state: str = ""
     save: str = ""
-    device: Annotated[str, Choices("auto", "cpu", "cuda")] = "auto"
-    precision: Annotated[str, Choices("", "fp32", "bf16")] = ""
-    plugins: str = ""
-    scan: str = ""
-    layout: str = ""
-    class_token: Annotated[str, Choices("", "first", "last")] = ""
 
     @property
     def options(self) -> Sampling:
@@ -57,8 +51,7 @@ usage: python -m toolkit.generate run=DIR [image=FILE] prompt="..." [key=value .
 """
 
 HELP = {
-    "run": "a finished run: its folder, or its name below `runs`",
-    "weights": "instead of run: a checkpoint that toolkit.convert wrote",
+    **{key: MODEL_HELP[key] for key in ("run", "weights")},
     "image": "a JPEG, PNG or WebP file",
     "prompt": "the question",
     "file": "instead of prompt: JSON lines with image, prompt and, by choice, id",
@@ -66,12 +59,7 @@ HELP = {
     "batch": "with file: questions at once",
     "state": "goes on from a state that save wrote, without reading its image again",
     "save": "where the state goes afterwards; without a prompt, after the image alone",
-    "device": "auto, cpu or cuda",
-    "precision": "fp32 or bf16; empty is the run's own",
-    "plugins": "modules, by commas, with the run's components that are not ours",
-    "scan": "with weights of a VisualRWKV: the scan it was trained with; v6.0: bi",
-    "layout": "with weights of a VisualRWKV: prefix, suffix or sandwich; v6.0: sandwich",
-    "class_token": "with weights of a VisualRWKV v5 and scan=uni: first (v5.0) or last (v5.1)",
+    **MODEL_HELP,
     "max_new_tokens": "largest length of an answer",
     "temperature": "0 takes the most likely token, greater ones draw",
     "top_p": "draws from the most likely tokens that hold this share",
@@ -89,14 +77,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _main(words: list[str]) -> int:
     flags = {w for w in words if w.startswith("-")}
-    for flag in sorted(flags - set(FLAGS)):
-        raise fail(COMMAND_LINE, "", f"no option {flag}", matches=closest(flag, FLAGS), fix=_see_help())
+    check_flags(list(flags), FLAGS, command=COMMAND)
     if flags & {"-h", "--help"}:
         print(usage())
         return 0
-    asked = understood([w for w in words if w not in flags])
+    asked = understood([w for w in words if w not in flags], Words, command=COMMAND)
     chat = "--chat" in flags
-    folder = Path(asked.weights).expanduser() if asked.weights else runs.find(asked.run)
+    folder = folder_of(asked)
     check(asked, chat=chat)
     listed = questions.read(Path(asked.file)) if asked.file else []
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in toolkit.run: waiting threads must not spin
@@ -126,37 +113,6 @@ def _shown(default: object) -> str:
     return "" if default == "" else f" ({default})"
 
 
-def _see_help() -> str:
-    return "`python -m toolkit.generate --help` lists what there is"
-
-
-def understood(words: Sequence[str]) -> Words:
-    """key=value words, checked. Raises BadRecipe."""
-    from toolkit.specs import group_of
-    from toolkit.values import check as check_value
-    from toolkit.values import convert
-
-    known = group_of(Words).fields
-    values: dict[str, object] = {}
-    for word in words:
-        key, equals, text = word.partition("=")
-        if not equals:
-            raise fail(COMMAND_LINE, "", f"{word!r} is no key=value", fix=f'prompt="{word}", for example')
-        if key not in known:
-            raise fail(COMMAND_LINE, key, "no such key", matches=closest(key, known), fix=_see_help())
-        if key in values:
-            raise fail(COMMAND_LINE, key, "given twice", fix="remove one of the two")
-        problems = list(check_value(text, known[key], key, COMMAND_LINE))  # type: ignore[arg-type]
-        if problems:
-            raise BadRecipe(problems)
-        values[key] = convert(known[key].type, text)[0]  # type: ignore[union-attr]
-    try:
-        return Words(**values)  # type: ignore[arg-type]
-    except ValueError as error:
-        what, _, fix = str(error).partition("; ")
-        raise fail(COMMAND_LINE, "", what, fix=fix) from error
-
-
 def check(asked: Words, *, chat: bool) -> None:
     """Refuses words that do not go together. Raises BadRecipe."""
     look = bool(asked.save and asked.image and not (asked.prompt or asked.file or chat))
@@ -166,15 +122,10 @@ def check(asked: Words, *, chat: bool) -> None:
     if not ways and not look:
         raise fail(COMMAND_LINE, "prompt", "not given", fix='prompt="...", file=FILE or --chat')
     for key, other in (
-        ("image", "file"), ("state", "file"), ("save", "file"), ("image", "state"), ("weights", "run")
+        ("image", "file"), ("state", "file"), ("save", "file"), ("image", "state")
     ):  # fmt: skip
         if getattr(asked, key) and getattr(asked, other):
             raise fail(COMMAND_LINE, key, f"given beside {other}", fix=f"leave out {key} or {other}")
-    for key in ("scan", "layout", "class_token"):
-        if getattr(asked, key) and not asked.weights:
-            raise fail(
-                COMMAND_LINE, key, "given without weights", fix=f"a run says it itself; leave out {key}"
-            )
     if asked.out and not asked.file:
         raise fail(COMMAND_LINE, "out", "given without file", fix="file=questions.jsonl, or leave it out")
     for key in ("image", "state"):
@@ -184,18 +135,7 @@ def check(asked: Words, *, chat: bool) -> None:
 
 
 def _go(asked: Words, folder: Path, listed: Sequence[questions.Question], *, chat: bool) -> None:
-    from toolkit.loading import load
-
-    plugins = [name for name in asked.plugins.split(",") if name]
-    model = load(
-        folder,
-        device=asked.device,
-        precision=asked.precision,
-        plugins=plugins,
-        scan=asked.scan,
-        layout=asked.layout,
-        class_token=asked.class_token,
-    )
+    model = opened(asked, folder)
     if listed:
         _answer_file(model, asked, listed)
         return

@@ -104,7 +104,17 @@ def _run(folder: Path, device: torch.device, precision: str, plugins: Sequence[s
     bf16 = (precision or conf.hardware.precision) == "bf16"
     prompt = register.bind("prompt", conf.prompt)
     name = f"run {run_id(cfg)}"
-    return Answerer(model.rwkv, tokenizer, prompt, model, name, bf16, conf.model.ctx_len)
+    return Answerer(
+        model.rwkv,
+        tokenizer,
+        prompt,
+        model,
+        name,
+        bf16,
+        conf.model.ctx_len,
+        scan=conf.scan["name"],
+        layout=conf.prompt["name"],
+    )
 
 
 def _without_start(conf: RunConf, learned: Sequence[str]) -> RunConf:
@@ -190,7 +200,16 @@ def _visual(
     prompt = register.bind("prompt", conf.prompt)
     name = f"model {folder.name} with scan={trained.scan} layout={trained.layout}"
     name += " class_token=first" if model.extra_first else ""
-    return Answerer(model.rwkv, _tokenizer(sizes), prompt, model, name, precision == "bf16")
+    return Answerer(
+        model.rwkv,
+        _tokenizer(sizes),
+        prompt,
+        model,
+        name,
+        precision == "bf16",
+        scan=trained.scan,
+        layout=trained.layout,
+    )
 
 
 def _bound(kind: str, name: str) -> Any:

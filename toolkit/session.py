@@ -44,6 +44,7 @@ class Answerer:
     tokenizer: None for a vocabulary that is not offered; only `logits` works then. vision: None for a
     language model alone. name: what it calls itself in messages and saved states (a run's id). bf16: whether
     it multiplies in bfloat16 (autocast). ctx_len: longest sequence in training, 0 where that is unknown.
+    scan, layout: names of the scan and the prompt layout, to be shown.
     """
 
     rwkv: LanguageModel
@@ -53,6 +54,8 @@ class Answerer:
     name: str
     bf16: bool = False
     ctx_len: int = 0
+    scan: str = ""
+    layout: str = ""
 
     @property
     def device(self) -> torch.device:
