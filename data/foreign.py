@@ -1,0 +1,235 @@
+"""Makes webdataset tars that others wrote readable as they are: an index per shard, and a manifest.
+
+The tars themselves are only read. What belongs to a sample is said in data.members.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.atomic import sync
+from data.content import MAX_PICTURE, check_picture, check_text
+from data.faults import Fault
+from data.images import BadPicture
+from data.index import IMAGE_KINDS, MANIFEST, index_bytes, make_manifest
+from data.members import MAX_FAULTS, Sample, members, split_name
+from data.records import MAX_JSON, BadRecord, parse_json
+from data.tar import Member
+
+Layout = Mapping[str, Any]
+"""Where the text of a sample lies; see data.records.parse_record."""
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class Shard:
+    """What an examined shard holds: rows of the index, faults, and bytes read."""
+
+    path: Path
+    keys: list[str]
+    columns: dict[str, list[int]]
+    faults: list[Fault]
+
+
+def layout_of(text: str, ask: str) -> Layout | None:
+    """The layout that `--text` names: `txt`, `json` or `json:FIELD`; None for `auto`."""
+    kind, _, name = text.partition(":")
+    if text == "auto":
+        return None
+    if text == "json":
+        return {"text": "json"}
+    if text == "txt":
+        return {"text": "txt", "ask": ask}
+    if kind == "json" and name:
+        return {"text": "json", "field": name, "ask": ask}
+    raise ValueError(f"--text {text!r} is unknown; use auto, json, txt or json:FIELD, such as json:caption")
+
+
+def index_shards(
+    shards: Sequence[Path],
+    out: Path,
+    *,
+    text: str = "auto",
+    ask: str = "Describe the image briefly.",
+    full: bool = False,
+    allow: int = 0,
+    progress: Progress | None = None,
+) -> list[Fault]:
+    """Writes an index per shard and `out/manifest.json`, unless more than `allow` samples are faulty.
+
+    The tars are only read. Faulty samples are left out and returned. text: `auto` takes a JSON with
+    conversations, else a .txt, else the `caption` of a JSON (img2dataset). ask: what a caption answers.
+    full: decode every picture. Raises ValueError for no samples, for shards of the same name, and where a
+    manifest is there already.
+    """
+    _check_names(shards, out)
+    layout = layout_of(text, ask)
+    examined: list[Shard] = []
+    for number, path in enumerate(shards):
+        samples, faults = members(path)
+        layout = layout or guessed(path, samples, ask)
+        examined.append(examine(path, samples, faults, layout or {"text": "json"}, full=full))
+        if progress is not None:
+            progress(number + 1, len(shards))
+    found = [fault for shard in examined for fault in shard.faults]
+    if not any(shard.keys for shard in examined):
+        why = f"; the first fault: {found[0]}" if found else ""
+        raise ValueError(f"no samples in {len(shards)} shards, {shards[0]} the first{why}")
+    if len(found) <= allow:
+        assert layout is not None
+        _write(examined, out, layout)
+    return found
+
+
+def _check_names(shards: Sequence[Path], out: Path) -> None:
+    if not shards:
+        raise ValueError("no shards to index; name .tar files or a folder that holds some")
+    stems = [path.stem for path in shards]
+    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    if twice is not None:
+        raise ValueError(f"two shards are called {twice}.tar; index their folders one by one")
+    if (out / MANIFEST).exists():
+        raise ValueError(
+            f"{out / MANIFEST} is there already; delete it to index again, or name another --out"
+        )
+
+
+def guessed(path: Path, samples: Sequence[Sample], ask: str) -> Layout | None:
+    """The layout that the first sample speaks for; None where there is no sample. Raises ValueError."""
+    if not samples:
+        return None
+    texts = samples[0].texts
+    record: Any = None
+    if "json" in texts and texts["json"].size <= MAX_JSON:
+        try:
+            record = parse_json(_read(path, texts["json"]), "")
+        except BadRecord:
+            record = None
+    fields = list(record) if isinstance(record, dict) else []
+    if "conversations" in fields or "dialogs" in fields:
+        return {"text": "json"}
+    if "txt" in texts:
+        return {"text": "txt", "ask": ask}
+    if "caption" in fields:
+        return {"text": "json", "field": "caption", "ask": ask}
+    raise ValueError(
+        f"{path.name}: sample {samples[0].key} has no conversations, no .txt and no caption (fields of its "
+        f"JSON: {', '.join(map(str, fields[:20])) or 'none'}); say where the text is with --text json:FIELD"
+    )
+
+
+def _read(path: Path, member: Member) -> bytes:
+    with path.open("rb") as file:
+        return os.pread(file.fileno(), member.size, member.offset)
+
+
+def examine(
+    path: Path, samples: Sequence[Sample], faults: list[Fault], layout: Layout, *, full: bool
+) -> Shard:
+    """Reads every sample; index rows of the good ones, one fault for each of the others."""
+    names = ("json_offset", "json_size", "json_crc", "image_offset", "image_size", "image_crc", "image_kind")
+    more = ("more_record", "more_offset", "more_size", "more_crc", "more_kind")
+    shard = Shard(path, [], {name: [] for name in (*names, "dialogs", *more)}, faults)
+    bad = {fault.key for fault in faults if fault.key}
+    if not samples:
+        return shard
+    with path.open("rb") as file:
+        for sample in samples:
+            if sample.key in bad:
+                continue
+            row = _examined(file.fileno(), path.name, sample, layout, full=full)
+            if isinstance(row, Fault):
+                shard.faults.append(row)
+                if len(shard.faults) >= MAX_FAULTS:
+                    break
+            else:
+                _add(shard, sample.key, *row)
+    return shard
+
+
+Row = tuple[list[int], list[list[int]], int]
+"""(offset, size, crc) of the text, (offset, size, crc, kind) of each picture, number of dialogs."""
+
+
+def _examined(handle: int, shard: str, sample: Sample, layout: Layout, *, full: bool) -> Row | Fault:
+    text = sample.texts.get(layout["text"])
+    if text is None:
+        return Fault(shard, sample.key, str(layout["text"]), sample.first(), "the member is missing")
+    at: Member = text
+    if "ask" in layout and not sample.pictures:
+        return Fault(
+            shard, sample.key, "jpg", sample.first(), "the member is missing: a caption without a picture"
+        )
+    try:
+        pictures = []
+        for _, at in sample.pictures:
+            data = _limited(handle, at, MAX_PICTURE)
+            kind = check_picture(data, full=full)
+            pictures.append([at.offset, at.size, zlib.crc32(data), IMAGE_KINDS.index(kind)])
+        at = text
+        data = _limited(handle, text, MAX_JSON)
+        dialogs = check_text(data, layout, len(pictures))
+    except (BadPicture, BadRecord) as error:
+        return Fault(shard, sample.key, split_name(at.name)[1], at.offset, str(error))
+    return [text.offset, text.size, zlib.crc32(data)], pictures, dialogs
+
+
+def _limited(handle: int, member: Member, limit: int) -> bytes:
+    if not 0 < member.size <= limit:
+        raise BadRecord(f"the member has {member.size:,} bytes; from 1 to {limit:,} are read")
+    return os.pread(handle, member.size, member.offset)
+
+
+def _add(shard: Shard, key: str, text: list[int], pictures: list[list[int]], dialogs: int) -> None:
+    columns = shard.columns
+    for name, value in zip(("offset", "size", "crc"), text, strict=True):
+        columns[f"json_{name}"].append(value)
+    for name, value in zip(("offset", "size", "crc", "kind"), (pictures or [[-1, 0, 0, 0]])[0], strict=True):
+        columns[f"image_{name}"].append(value)
+    for other in pictures[1:]:
+        columns["more_record"].append(len(shard.keys))
+        for name, value in zip(("offset", "size", "crc", "kind"), other, strict=True):
+            columns[f"more_{name}"].append(value)
+    columns["dialogs"].append(dialogs)
+    shard.keys.append(key)
+
+
+def _write(examined: Sequence[Shard], out: Path, layout: Layout) -> None:
+    """The indexes, then the manifest; each appears whole or not at all."""
+    out.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for shard in examined:
+        content = index_bytes(shard.keys, shard.columns)
+        name = f"{shard.path.stem}.index"
+        _replace(out / name, content)
+        same = shard.path.parent.resolve() == out.resolve()
+        entries.append(
+            {
+                "url": shard.path.name if same else str(shard.path.resolve()),
+                "nsamples": len(shard.keys),
+                "filesize": shard.path.stat().st_size,
+                "dialogs": sum(shard.columns["dialogs"]),
+                "images": sum(k > 0 for k in shard.columns["image_kind"]) + len(shard.columns["more_kind"]),
+                "index": name,
+                "index_sha256": hashlib.sha256(content).hexdigest(),
+                "layout": dict(layout),
+            }
+        )
+    left_out = sum(len(shard.faults) for shard in examined)
+    manifest = make_manifest(entries, {"source": "foreign", "rejects": left_out})
+    _replace(out / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+
+
+def _replace(file: Path, content: bytes) -> None:
+    unfinished = file.with_name(f".{file.name}.{os.getpid()}.part")
+    unfinished.write_bytes(content)
+    sync(unfinished)
+    os.replace(unfinished, file)

@@ -1,0 +1,150 @@
+"""What happens when training meets a sample that cannot be read, and the count that shows nothing got lost.
+
+`strict` stops with one message. `tolerant` gives the sample's slot weight 0, so that every rank still takes
+the same steps, and writes one row to a report. Either way each epoch ends with the check that every sample
+the plan asked for was trained or reported.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from data.atomic import locked
+from data.dataset import Examples, Sample
+from data.images import BadPicture
+from data.plan import Plan
+from data.reader import DamagedSample
+from data.records import BadRecord, dump_json
+from toolkit.contracts import IGNORE, NO_IMAGE, PAD_ID, Batch
+
+log = logging.getLogger("toolkit.data")
+
+POLICIES = ("strict", "tolerant")
+
+
+class Guarded(Dataset[Sample]):
+    """Examples under a policy. report: JSON lines, one for each sample that was left out, in any epoch.
+
+    Faults of the data are DamagedSample, BadRecord and BadPicture; whatever else is raised is a mistake of
+    a setting or of the program and stops under both policies. `strict` raises DamagedSample.
+    """
+
+    def __init__(self, examples: Examples, *, policy: str, report: Path) -> None:
+        if policy not in POLICIES:
+            raise ValueError(f"the policy for damaged samples is {policy!r}; use strict or tolerant")
+        self.examples, self.tolerant, self.report = examples, policy == "tolerant", report
+        self.features = examples.features
+        self._noted: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    @property
+    def left_out(self) -> int:
+        """As `Examples.left_out`: overlong samples served with weight 0."""
+        return self.examples.left_out
+
+    def __getitem__(self, item: int | tuple[int, float]) -> Sample:
+        j, weight = item if isinstance(item, tuple) else (item, 1.0)
+        try:
+            sample = self.examples[item]
+        except (DamagedSample, BadRecord, BadPicture) as error:
+            damaged = self._placed(j, error)
+            if not self.tolerant:
+                raise damaged from error
+            self._note(j, damaged)
+            return self._stand_in(j)
+        if weight > 0 and sample.weight == 0:
+            cause = "longer than model.ctx_len, with no answer in what was kept"
+            self._note(j, self._placed(j, BadRecord(cause)))
+        return sample
+
+    def _placed(self, j: int, error: ValueError) -> DamagedSample:
+        """The error with shard, key, member and byte offset."""
+        if isinstance(error, DamagedSample):
+            return error
+        reader, i = self.examples.reader, int(self.examples.reader.examples.record[j])
+        shard, span = reader.place(i, image=isinstance(error, BadPicture))
+        key = reader.key(i)
+        cause = str(error).removeprefix(f"{shard}: key {key}: ").removeprefix(f"{key}: ")
+        return DamagedSample(
+            shard=shard, key=key, member=f"{key}.{span.kind}", offset=span.offset, cause=cause
+        )
+
+    def _stand_in(self, j: int) -> Sample:
+        """One position of padding without a label, for the slot of a sample that cannot be read."""
+        record = int(self.examples.reader.examples.record[j])
+        ids, labels = torch.tensor([PAD_ID]), torch.tensor([IGNORE])
+        return Sample(ids, labels, NO_IMAGE, self.examples.reader.key(record), record, 0.0)
+
+    def _note(self, j: int, fault: DamagedSample) -> None:
+        """Adds the sample's row, unless this or another process has done so."""
+        if j in self._noted:
+            return
+        self._noted.add(j)
+        row: dict[str, Any] = {"example": j, "shard": fault.shard, "key": fault.key}
+        row |= {
+            "field": fault.member.removeprefix(f"{fault.key}."),
+            "offset": fault.offset,
+            "cause": fault.cause,
+        }
+        with locked(self.report.with_name(f".{self.report.name}.lock"), "adding to the report"):
+            if j not in reported(self.report):
+                with self.report.open("ab") as file:
+                    file.write(dump_json(row) + b"\n")
+                log.warning("left out: %s", fault)
+
+
+def reported(report: Path) -> dict[int, dict[str, Any]]:
+    """Rows of a report by number of the example; none without a file."""
+    if not report.exists():
+        return {}
+    rows = (json.loads(line) for line in report.read_text(encoding="utf-8").splitlines() if line.strip())
+    return {int(row["example"]): row for row in rows}
+
+
+class Counted:
+    """A training loader that checks, at the end of each epoch, that nothing was lost without a word.
+
+    loader: of `data.loader.train_loader` for one rank, over `Guarded` examples, from step `first_step`.
+    Raises RuntimeError if a planned sample came with weight 0 and has no row in the report.
+    """
+
+    def __init__(self, loader: DataLoader[Batch], plan: Plan, *, first_step: int, report: Path) -> None:
+        self._loader, self._plan, self._first, self._report = loader, plan, first_step, report
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __iter__(self) -> Iterator[Batch]:
+        sampler: Any = self._loader.batch_sampler
+        trained, missing = 0, set[int]()
+        for number, (slots, batch) in enumerate(zip(sampler, self._loader, strict=True), 1):
+            for (item, planned), weight in zip(slots, batch.weight.tolist(), strict=True):
+                trained += planned > 0 and weight > 0
+                if planned > 0 and not weight > 0:
+                    missing.add(item)
+            yield batch
+            step, within = divmod(number, sampler.per_step)
+            if not within and (self._first + step) % self._plan.steps_per_epoch == 0:
+                self._check((self._first + step) // self._plan.steps_per_epoch, trained, missing)
+                trained, missing = 0, set()
+
+    def _check(self, epoch: int, trained: int, missing: set[int]) -> None:
+        lost = sorted(missing - set(reported(self._report)))
+        if lost:
+            raise RuntimeError(
+                f"epoch {epoch}: {len(lost)} samples were neither trained nor reported, first example "
+                f"{lost[0]}: this is a bug in the data loading"
+            )
+        if missing:
+            words = "epoch %d: %s samples planned = %s trained + %s reported in %s"
+            total = trained + len(missing)
+            log.warning(words, epoch, f"{total:,}", f"{trained:,}", f"{len(missing):,}", self._report)
