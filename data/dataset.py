@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 _MAX_KEPT = 4096
 _MAX_WORKERS = 256
+
+
+Slot = tuple[int, float]
+"""(example number, weight), one place in a batch."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,11 @@ class Examples(Dataset[Sample]):
     def example(self, j: int) -> Example:
         """Key, turns, type and gold answer of example j, without reading its picture."""
         return self.reader.example(j)
+
+    def __getitems__(self, items: Sequence[Slot]) -> list[Sample]:
+        """The samples of a batch; what lies behind a URL is fetched side by side first."""
+        self.reader.prefetch({int(self.reader.examples.record[j]) for j, _ in items})
+        return [self[item] for item in items]
 
     def __getitem__(self, item: int | tuple[int, float]) -> Sample:
         """item: an example's number, or (number, weight) as the step sampler yields it."""

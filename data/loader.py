@@ -10,12 +10,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from data.batch import collate
-from data.dataset import Examples
+from data.dataset import Examples, Slot
 from data.plan import Plan, divided, divisors
 from toolkit.contracts import Batch
-
-Slot = tuple[int, float]
-"""(example number, weight), one place in a batch."""
 
 
 class StepSampler(Sampler[list[Slot]]):

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
-import os
 import zlib
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from data.files import Files, LocalFiles
 from data.index import Index, Span, joined, manifest_hash, parse_index, read_manifest
+from data.mirror import RemoteFiles, open_origin
 from data.records import Example, dialogs_of, parse_record
 
-_MAX_OPEN = 64
 _KEPT_JSON = 16 << 20
 """Bytes of JSON whose records stay parsed; a small question set is parsed once in all."""
+_GAP = 4096
+"""Bytes of headers and padding between members that are read together."""
 
 
 class DamagedSample(ValueError):
@@ -63,10 +66,10 @@ class ShardReader:
         shards: list[dict[str, Any]] = self.manifest["shardlist"]
         self._names = [str(shard["url"]) for shard in shards]
         self._layouts = [shard.get("layout") for shard in shards]
-        self._ends = np.cumsum([shard["nsamples"] for shard in shards])
+        self._ends = list(accumulate(int(shard["nsamples"]) for shard in shards))
+        self._files = self._opened(shards)
         parts = (_load_index(self.folder, shard) for shard in shards)
         self._index = joined(parts, sum(shard["nsamples"] for shard in shards))
-        self._files = _Files(self.folder)
         self._kept: dict[int, tuple[Example, ...]] = {}
         self._kept_json = 0
         self.manifest_hash = manifest_hash(self.manifest)
@@ -75,8 +78,17 @@ class ShardReader:
         """Number of records."""
         return len(self._index)
 
+    def _opened(self, shards: list[dict[str, Any]]) -> Files:
+        origin = open_origin(self.folder)
+        if origin is None:
+            for shard in shards:
+                _check_file(self.folder, shard)
+            return LocalFiles(self.folder)
+        sizes = {str(shard["url"]): int(shard["filesize"]) for shard in shards}
+        return RemoteFiles(origin, sizes, self.folder.name)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_files": _Files(self.folder), "_kept": {}, "_kept_json": 0}
+        return {**self.__dict__, "_kept": {}, "_kept_json": 0}
 
     def key(self, i: int) -> str:
         return self._index.key(i)
@@ -112,6 +124,27 @@ class ShardReader:
         """(shard, where it lies) of the first picture of record i, or of its text."""
         spans = self._index.images(i)
         return self._shard(i), spans[0] if image and spans else self._index.text(i)
+
+    def raw(self, i: int) -> list[bytes]:
+        """The bytes of every member of record i, text first, in one read where they lie side by side.
+
+        Nothing is checked: for tools that only move bytes. Raises DamagedSample for what is not there.
+        """
+        text, spans = self._index.text(i), self._index.images(i)
+        start, end = text.offset, text.offset + text.size
+        for span in spans:
+            start, end = min(start, span.offset), max(end, span.offset + span.size)
+        if end - start > (text.size + sum(span.size for span in spans)) + _GAP:
+            return [self._read(i, span) for span in (text, *spans)]
+        data = self._read(i, Span(text.kind, start, end - start, 0))
+        return [data[span.offset - start : span.offset - start + span.size] for span in (text, *spans)]
+
+    def prefetch(self, records: Iterable[int]) -> None:
+        """Brings the members of these records nearer, several at a time, if they are behind a URL."""
+        if isinstance(self._files, LocalFiles):
+            return
+        spans = ((self._shard(i), s) for i in records for s in (self._index.text(i), *self._index.images(i)))
+        self._files.prefetch((shard, span.offset, span.size) for shard, span in spans)
 
     @cached_property
     def examples(self) -> ExampleTable:
@@ -159,23 +192,35 @@ class ShardReader:
         return self._names[self._shard_number(i)]
 
     def _shard_number(self, i: int) -> int:
-        return int(np.searchsorted(self._ends, i, side="right"))
+        return bisect_right(self._ends, i)
 
     def _member(self, i: int, span: Span) -> bytes:
-        shard = self._shard(i)
-        data, cause = self._files.read(shard, span.offset, span.size)
-        if not cause and zlib.crc32(data) != span.crc:
-            cause = f"damaged data: CRC-32 is {zlib.crc32(data):08x}, the index says {span.crc:08x}"
-        if cause:
-            key = self.key(i)
-            raise DamagedSample(
-                shard=shard, key=key, member=f"{key}.{span.kind}", offset=span.offset, cause=cause
-            )
+        """A member's data, checked."""
+        data = self._read(i, span)
+        if zlib.crc32(data) != span.crc:
+            # What is damaged may be a cache, or a shard may be newer than what was cached of it.
+            fresh, why = self._files.again(self._shard(i), span.offset, span.size)
+            if fresh and zlib.crc32(fresh) == span.crc:
+                return fresh
+            found = f"CRC-32 is {zlib.crc32(fresh or data):08x}, the index says {span.crc:08x}"
+            raise self._damaged(i, span, f"{why or 'damaged data'}: {found}")
         return data
 
+    def _read(self, i: int, span: Span) -> bytes:
+        data, cause = self._files.read(self._shard(i), span.offset, span.size)
+        if cause:
+            raise self._damaged(i, span, cause)
+        return data
 
-def _load_index(folder: Path, shard: dict[str, Any]) -> Index:
-    """The checked index of one shard whose file is there in full."""
+    def _damaged(self, i: int, span: Span, cause: str) -> DamagedSample:
+        key = self.key(i)
+        return DamagedSample(
+            shard=self._shard(i), key=key, member=f"{key}.{span.kind}", offset=span.offset, cause=cause
+        )
+
+
+def _check_file(folder: Path, shard: dict[str, Any]) -> None:
+    """ValueError if a shard's file is not there in full."""
     file, name = folder / shard["url"], shard["url"]
     try:
         size = file.stat().st_size
@@ -186,9 +231,12 @@ def _load_index(folder: Path, shard: dict[str, Any]) -> Index:
     if size != shard["filesize"]:
         raise ValueError(
             f"{name} in {folder} has {size:,} bytes, the manifest says {shard['filesize']:,}: the file "
-            "was cut or "
-            "replaced; copy it again or convert again"
+            "was cut or replaced; copy it again or convert again"
         )
+
+
+def _load_index(folder: Path, shard: dict[str, Any]) -> Index:
+    """The checked index of one shard."""
     path = folder / shard["index"]
     try:
         content = path.read_bytes()
@@ -206,39 +254,3 @@ def _load_index(folder: Path, shard: dict[str, Any]) -> Index:
             f"{path} lists {len(index):,} records, the manifest {shard['nsamples']:,}; convert again"
         )
     return index
-
-
-class _Files:
-    """Open shard files of this process, at most a few dozen, least recently used closed first."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._process = os.getpid()
-        self._open: dict[str, int] = {}
-
-    def read(self, name: str, offset: int, size: int) -> tuple[bytes, str]:
-        """(bytes, "") or (b"", why they cannot be read)."""
-        try:
-            data = os.pread(self._handle(name), size, offset)
-        except OSError as error:
-            return b"", f"cannot be read: {error.strerror or errno.errorcode.get(error.errno or 0, 'error')}"
-        if len(data) != size:
-            return b"", f"only {len(data):,} of {size:,} bytes are there"
-        return data, ""
-
-    def _handle(self, name: str) -> int:
-        if os.getpid() != self._process:
-            # Forked: the parent's handles are left alone and its own are opened.
-            self._process, self._open = os.getpid(), {}
-        handle = self._open.pop(name, None)
-        if handle is None:
-            handle = os.open(self._folder / name, os.O_RDONLY)
-            if len(self._open) >= _MAX_OPEN:
-                os.close(self._open.pop(next(iter(self._open))))
-        self._open[name] = handle
-        return handle
-
-    def __del__(self) -> None:
-        if os.getpid() == self._process:
-            for handle in self._open.values():
-                os.close(handle)

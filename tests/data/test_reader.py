@@ -62,7 +62,7 @@ def test_pickled_and_forked_readers_read_the_same(good):
 
 
 def test_few_files_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.reader._MAX_OPEN", 2)
+    monkeypatch.setattr("data.files._MAX_OPEN", 2)
     folder = shard_folder(tmp_path / "s", 20, shard_bytes=1 << 11)
     assert len(list(folder.glob("*.tar"))) > 5
     before = len(os.listdir("/proc/self/fd"))
