@@ -11,12 +11,18 @@ from data.index import MANIFEST
 from data.shards import Pictured, write_shards
 
 
-def converted(out: Path, records: Callable[[], Iterable[Pictured]], about: Mapping[str, Any]) -> Path:
+def converted(
+    out: Path,
+    records: Callable[[], Iterable[Pictured]],
+    about: Mapping[str, Any],
+    *,
+    shard_bytes: int = 256 << 20,
+) -> Path:
     """`out`, filled from `records()` if it is not there yet; a second process waits for the first."""
     if (out / MANIFEST).exists():
         return out
     with locked(out.parent / f".{out.name}.lock", f"converting data to {out}"):
         remove_drafts(out)
         if not (out / MANIFEST).exists():
-            write_shards(records(), out, about=about)
+            write_shards(records(), out, about=about, shard_bytes=shard_bytes)
     return out

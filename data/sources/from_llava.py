@@ -5,34 +5,49 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.images import decode, header
+from data.index import MANIFEST, read_manifest
 from data.records import IMAGE_TAG, MAX_JSON, Dialog, dialogs_of, dump_json, parse_json
-from data.shards import Record
+from data.shards import Pictured
 from data.sources.convert import converted
 
 log = logging.getLogger(__name__)
 
-_CONVERTER = 1  # raise it when records or checks change
+_CONVERTER = 2  # raise it when records or checks change
+
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
 class Checks:
-    """How strict a conversion is. full: decode every picture instead of reading its header."""
+    """How strict a conversion is.
+
+    full: decode every picture instead of reading its header. several: more than one picture in a record.
+    """
 
     images: Path
     allow_rejects: int
     keep_repeated_ids: bool
     full: bool
+    several: bool = False
 
 
 class Reject(Exception):
     """Why one record is left out."""
+
+
+class TooManyRejects(ValueError):
+    """More records are unusable than allowed. rejects: {"id", "place", "reason"} of each; file: the list."""
+
+    def __init__(self, message: str, rejects: list[dict[str, str]], file: Path) -> None:
+        super().__init__(message)
+        self.rejects, self.file = rejects, file
 
 
 def prepare(cache: Path, files: Mapping[str, Path], checks: Checks) -> dict[str, Path]:
@@ -50,41 +65,80 @@ def _split(cache: Path, split: str, file: Path, checks: Checks) -> Path:
         raise ValueError(f"data.images={checks.images} is no folder")
     if not file.is_file():
         raise ValueError(f"data.{split}={file} is no file")
-    with file.open("rb") as opened:
-        content = hashlib.file_digest(opened, "sha256").hexdigest()
+    content = _digest(file)
     options = [_CONVERTER, content, str(root), checks.allow_rejects, checks.keep_repeated_ids, checks.full]
     name = hashlib.sha256(dump_json(options)).hexdigest()[:12]
     out = cache / f"llava-{name}" / split
     about = {"source": "llava", "converter": _CONVERTER, "json": file.name, "json_sha256": content}
-    return converted(out, partial(_records, file, root, checks, out, about), about)
+    return converted(out, partial(_records, file, root, checks, out, about, None), about)
 
 
-def _records(file: Path, root: Path, checks: Checks, out: Path, about: dict[str, Any]) -> Iterator[Record]:
-    """The accepted records; lists the rejects beside `out` and raises ValueError for too many."""
+def convert(
+    file: Path, out: Path, checks: Checks, *, shard_bytes: int = 256 << 20, progress: Progress | None = None
+) -> bool:
+    """Converts one JSON file to `out`; False if that was done before.
+
+    Rejects are listed in `out`.rejects.jsonl. Raises TooManyRejects, and ValueError for paths that are not
+    there and for an `out` that holds something else.
+    """
+    if not checks.images.is_dir():
+        raise ValueError(f"--images {checks.images} is no folder")
+    if not file.is_file():
+        raise ValueError(f"--json {file} is no file")
+    about: dict[str, Any] = {"source": "llava", "converter": _CONVERTER, "json": file.name}
+    about |= {"json_sha256": _digest(file), "decoded": checks.full, "repeated_ids": checks.keep_repeated_ids}
+    about["shard_bytes"] = shard_bytes
+    if (out / MANIFEST).exists():
+        found = read_manifest(out)["about"]
+        if {k: v for k, v in found.items() if k != "rejects"} != about:
+            raise ValueError(f"{out} holds other converted data; delete it or name another --out")
+        return False
+    records = partial(_records, file, checks.images.resolve(), checks, out, about, progress)
+    converted(out, records, about, shard_bytes=shard_bytes)
+    return True
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _records(
+    file: Path, root: Path, checks: Checks, out: Path, about: dict[str, Any], progress: Progress | None
+) -> Iterator[Pictured]:
+    """The accepted records; lists the rejects beside `out` and raises TooManyRejects for too many."""
     rejects: list[dict[str, str]] = []
     seen: dict[str, str] = {}
-    for place, item in _items(file):
+    total, items = _items(file)
+    for number, (place, item) in enumerate(items, 1):
         try:
             if isinstance(item, ValueError):
                 raise Reject(str(item))
             if not checks.keep_repeated_ids:
                 _check_id(item, place, seen)
-            yield _checked(item, place, root, full=checks.full)
+            yield _checked(item, place, root, checks)
         except Reject as reason:
             record_id = item.get("id", "") if isinstance(item, Mapping) else ""
             rejects.append({"id": str(record_id), "place": f"{file.name}: {place}", "reason": str(reason)})
+        if progress is not None:
+            progress(number, total)
     about["rejects"] = len(rejects)
     _report(rejects, checks, out)
 
 
-def _items(file: Path) -> Iterator[tuple[str, Any]]:
-    """(place, record) of a JSON list or of JSON lines; a line that is no JSON gives its ValueError."""
+def _items(file: Path) -> tuple[int, Iterator[tuple[str, Any]]]:
+    """(number of records, (place, record) of each) of a JSON list or of JSON lines."""
     with file.open("rb") as opened:
-        first = opened.read(64).lstrip()[:1]
-        opened.seek(0)
-        if first == b"[":
-            yield from _listed(file, opened.read())
-            return
+        if opened.read(64).lstrip()[:1] != b"[":
+            opened.seek(0)
+            return sum(1 for line in opened if line.strip()), _lines(file)
+    items = _list(file)
+    return len(items), ((f"record {number:,}", item) for number, item in enumerate(items))
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """A line that is no JSON gives its ValueError."""
+    with file.open("rb") as opened:
         for number, line in enumerate(opened, 1):
             place = f"line {number:,}"
             try:
@@ -94,13 +148,12 @@ def _items(file: Path) -> Iterator[tuple[str, Any]]:
                 yield place, error
 
 
-def _listed(file: Path, content: bytes) -> Iterator[tuple[str, Any]]:
+def _list(file: Path) -> list[Any]:
     try:
-        items = json.loads(content)
+        items = json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: not valid JSON: {error}") from error
-    for number, item in enumerate(items):
-        yield f"record {number:,}", item
+    return list(items)
 
 
 def _check_id(item: Any, place: str, seen: dict[str, str]) -> None:
@@ -108,11 +161,11 @@ def _check_id(item: Any, place: str, seen: dict[str, str]) -> None:
     if record_id is None:
         return
     if str(record_id) in seen:
-        raise Reject(f"the id was used before, in {seen[str(record_id)]}; data.repeated_ids=keep allows that")
+        raise Reject(f"the id was used before, in {seen[str(record_id)]}; repeated_ids=keep allows that")
     seen[str(record_id)] = place
 
 
-def _checked(item: Any, place: str, root: Path, *, full: bool) -> Record:
+def _checked(item: Any, place: str, root: Path, checks: Checks) -> Pictured:
     """The record to write; raises Reject with the first thing that is wrong."""
     try:
         dialogs = dialogs_of(item, place)
@@ -121,37 +174,43 @@ def _checked(item: Any, place: str, root: Path, *, full: bool) -> Record:
         raise Reject(str(error)) from error
     if size > MAX_JSON - 1024:
         raise Reject(f"the JSON has {size:,} bytes, at most {MAX_JSON - 1024:,} are possible")
-    name = _image_name(item)
+    names = _image_names(item, several=checks.several)
     for dialog in dialogs:
-        _check_turns(dialog, name is not None)
-    if name is None:
+        _check_turns(dialog, len(names))
+    if not names:
         return dict(item), None
-    image = _image(root, name)
+    images = [_image(root, name) for name in names]
     try:
-        width, height = decode(image, name).size if full else header(image, name)
+        sizes = [_size(image, name, full=checks.full) for image, name in zip(images, names, strict=True)]
     except ValueError as error:
         raise Reject(str(error)) from error
-    return {**item, "image": name, "w": width, "h": height}, image
+    if len(names) == 1:
+        return {**item, "w": sizes[0][0], "h": sizes[0][1]}, images[0]
+    return {**item, "w": [w for w, _ in sizes], "h": [h for _, h in sizes]}, images
 
 
-def _image_name(item: Mapping[str, Any]) -> str | None:
-    """The record's picture, None for text only."""
+def _size(image: bytes, name: str, *, full: bool) -> tuple[int, int]:
+    return decode(image, name).size if full else header(image, name)
+
+
+def _image_names(item: Mapping[str, Any], *, several: bool) -> list[str]:
+    """The record's pictures, none for text only."""
     if "video" in item:
         raise Reject("the record has a video; only pictures are supported")
     image = item.get("image")
-    if isinstance(image, list) and len(image) == 1:
-        image = image[0]
-    if isinstance(image, list):
-        raise Reject(f"the record has {len(image)} images; one picture per record is supported")
-    if image is not None and (not isinstance(image, str) or not image):
-        raise Reject(f"'image' must be the path of a file, it is {image!r}")
-    return image
+    names = image if isinstance(image, list) else [] if image is None else [image]
+    if len(names) > 1 and not several:
+        raise Reject(f"the record has {len(names)} images; one picture per record is supported")
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise Reject(f"'image' must be the path of a file, it is {name!r}")
+    return names
 
 
-def _check_turns(dialog: Dialog, has_image: bool) -> None:
+def _check_turns(dialog: Dialog, n_images: int) -> None:
     tags = sum(turn.text.count(IMAGE_TAG) for turn in dialog.turns)
-    if tags != int(has_image):
-        raise Reject(f"{tags} {IMAGE_TAG} tags for {int(has_image)} images; the numbers must be equal")
+    if tags != n_images:
+        raise Reject(f"{tags} {IMAGE_TAG} tags for {n_images} images; the numbers must be equal")
     for number, turn in enumerate(dialog.turns):
         expected = "gpt" if number % 2 else "human"
         if turn.role != expected:
@@ -186,7 +245,9 @@ def _report(rejects: list[dict[str, str]], checks: Checks, out: Path) -> None:
         log.warning("%d records were left out, listed in %s", len(rejects), file)
         return
     first = "; ".join(f"{r['place']} (id {r['id']!r}): {r['reason']}" for r in rejects[:3])
-    raise ValueError(
+    raise TooManyRejects(
         f"{len(rejects)} records are unusable, data.allow_rejects={checks.allow_rejects}. First: {first}. "
-        f"All are listed in {file}; repair them or set data.allow_rejects={len(rejects)}"
+        f"All are listed in {file}; repair them or set data.allow_rejects={len(rejects)}",
+        rejects,
+        file,
     )

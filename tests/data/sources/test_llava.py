@@ -47,7 +47,7 @@ def test_pictures_and_text_are_kept_as_they_are(tmp_path, root, lines):
     assert len(reader) == 5
     assert reader.record(0) == {**good(0), "w": 8, "h": 6}
     assert reader.record(2) == text_only
-    assert reader.record(4)["image"] == "sub/3.png"
+    assert reader.record(4)["image"] == ["sub/3.png"]
     files = [root / "0.jpg", root / "1.jpg", None, root / "2.jpg", root / "sub" / "3.png"]
     assert [reader.image_bytes(i) for i in range(5)] == [f and f.read_bytes() for f in files]
     assert [reader._index.image_kind[i] for i in range(5)] == [1, 2, 0, 3, 1]
