@@ -32,12 +32,15 @@ def mirror(origin: Origin, cache: Path) -> Path:
     Raises ValueError if they cannot be read or an index is not the manifest's.
     """
     remote = Remote(origin)
-    text = remote.whole(MANIFEST)
-    name = hashlib.sha256(origin.url.rstrip("/").encode() + b"\n" + text).hexdigest()[:16]
-    out = cache / "remote" / name
-    with locked(cache / "remote" / f".{name}.lock", f"fetching the indexes of {origin.url}"):
-        if not (out / MANIFEST).exists():
-            _fetch_indexes(remote, text, out)
+    try:
+        text = remote.whole(MANIFEST)
+        name = hashlib.sha256(origin.url.rstrip("/").encode() + b"\n" + text).hexdigest()[:16]
+        out = cache / "remote" / name
+        with locked(cache / "remote" / f".{name}.lock", f"fetching the indexes of {origin.url}"):
+            if not (out / MANIFEST).exists():
+                _fetch_indexes(remote, text, out)
+    finally:
+        remote.close()
     # How a folder is read may change from run to run; what it holds may not.
     part = out / f".{ORIGIN}.{os.getpid()}.part"
     part.write_text(json.dumps(asdict(origin), indent=1), encoding="utf-8")

@@ -118,6 +118,10 @@ class Remote:
             self._fs, self._process = self.origin.filesystem(), os.getpid()
         return self._fs
 
+    def close(self) -> None:
+        """Ends the connection, which else every process forked from here would wait for at its end."""
+        self._process, self._fs = -1, None
+
     def whole(self, name: str) -> bytes:
         return bytes(self._tried(name, lambda: self.fs.cat_file(self.url(name))))
 
