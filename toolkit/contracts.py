@@ -82,6 +82,8 @@ class Batch:
     keys: sample keys, for predictions and reports. answers, images: rows that `model.answer_rows`
     and `model.image_rows` find, made on the CPU before a batch moves to a GPU, so that no step has to wait
     for the device; None where the model is to look itself.
+    longest: [] the largest of `lengths`, for a batch padded to a length fixed beforehand: what is beyond it
+    and `answers` without a label (fillers) count for nothing. None: T is the longest sample's.
     """
 
     ids: Tensor
@@ -94,6 +96,7 @@ class Batch:
     features: ImageFeatures | None = None
     answers: Tensor | None = None
     images: Tensor | None = None
+    longest: Tensor | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `change` applied to each of its tensors."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import nn
 
 from toolkit.metrics import Prediction, summary
 
@@ -43,11 +44,15 @@ class Probe(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        step = self.first_step + trainer.global_step
+        self.visit(trainer.global_step, pl_module)
+
+    def visit(self, steps: int, model: nn.Module) -> None:
+        """Scores the model after so many optimizer steps of this stage, if a point is due."""
+        step = self.first_step + steps
         if step == self.done or step % self.every or step == self.last_step:
             return
         self.done = step
-        training = [module for module in pl_module.modules() if module.training]
+        training = [module for module in model.modules() if module.training]
         began = time.monotonic()
         scores = summary(self.score())
         for module in training:

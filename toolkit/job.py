@@ -4,38 +4,49 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.loggers import Logger
+
 import kernels
-from data.loader import train_loader
-from data.plan import Plan
 from data.tokens import WorldTokenizer
 from toolkit import checkpoint, curve, metrics
 from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
 from toolkit.corpus import Corpus
 from toolkit.evaluate import as_jsonl
+from toolkit.graphs import Steps
 from toolkit.model import VisualRWKV
 from toolkit.rundir import RunDir, provenance, write_json, write_text
 from toolkit.schema import RunConf
-from toolkit.scoring import evaluate, examples, floors, probes, scored_examples
+from toolkit.scoring import evaluate, floors, probes, scored_examples
+from toolkit.stages import Stage, Task, announce, captured, planned, step_seconds, warn_without_gpu
 from toolkit.train import (
     choose_kernels,
     device_of,
     fit_stage,
     loggers,
-    micro_batch,
     prepare,
     refuse_several_processes,
-    stage_steps,
 )
 
 log = logging.getLogger("toolkit.run")
 
 
-def run_job(cfg: Mapping[str, Any], *, recipe: str, argv: list[str]) -> dict[str, Any]:
-    """Trains and evaluates one config, or returns the result that its directory already holds."""
+def run_job(
+    cfg: Mapping[str, Any],
+    *,
+    recipe: str,
+    argv: list[str],
+    others: Sequence[Mapping[str, Any]] = (),
+    on_estimate: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """Trains and evaluates one config, or returns the result that its directory already holds.
+
+    others: rows of the same sweep that this process runs later, for the time told before training.
+    on_estimate: called then with the seconds that this run will take from there.
+    """
     refuse_several_processes()
     conf = from_dict(cfg)
     run = RunDir(Path(conf.paths.runs).expanduser(), cfg)
@@ -48,7 +59,10 @@ def run_job(cfg: Mapping[str, Any], *, recipe: str, argv: list[str]) -> dict[str
         write_text(run.config, _yaml(cfg))
         run.note("running", recipe=recipe, **provenance(argv))
         try:
-            result = execute(conf, run)
+            result = execute(conf, run, others=others, on_estimate=on_estimate)
+        except (KeyboardInterrupt, SystemExit):
+            run.note("stopped")
+            raise
         except BaseException as error:
             run.note("failed", error=f"{type(error).__name__}: {error}")
             raise
@@ -66,9 +80,16 @@ def run_job(cfg: Mapping[str, Any], *, recipe: str, argv: list[str]) -> dict[str
     return result
 
 
-def execute(conf: RunConf, run: RunDir) -> dict[str, Any]:
+def execute(
+    conf: RunConf,
+    run: RunDir,
+    *,
+    others: Sequence[Mapping[str, Any]] = (),
+    on_estimate: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
     """Data, model, training stages and evaluation; returns what the result tells of them."""
     device = device_of(conf.hardware)
+    warn_without_gpu(conf.hardware, device)
     prepare(conf.hardware, conf.seed)
     choose_kernels(conf.hardware, device)
     log.info("run directory %s", run.path)
@@ -80,7 +101,8 @@ def execute(conf: RunConf, run: RunDir) -> dict[str, Any]:
     with Timer(facts, "feature_seconds"):
         features = corpus.features(model, device)
     with Timer(facts, "train_seconds"):
-        facts |= train(conf, run, corpus, model, features, parts)
+        task = Task(conf, run, corpus, model, features, device)
+        facts |= train(task, parts, others=others, on_estimate=on_estimate)
     with Timer(facts, "eval_seconds"):
         predictions = evaluate(conf, corpus, model, features, device)
     write_text(run.predictions / f"{conf.eval.split}.jsonl", as_jsonl(predictions))
@@ -116,59 +138,82 @@ def learning_parts(conf: RunConf, model: VisualRWKV) -> list[str]:
 
 
 def train(
-    conf: RunConf, run: RunDir, corpus: Corpus, model: VisualRWKV, features: dict[str, Any], parts: list[str]
-) -> dict[str, int]:
-    """All stages, one `fit` each; finished training is not repeated.
+    task: Task,
+    parts: list[str],
+    *,
+    others: Sequence[Mapping[str, Any]] = (),
+    on_estimate: Callable[[float], None] | None = None,
+) -> dict[str, Any]:
+    """All stages, one after the other; finished training is not repeated.
 
-    Returns the optimizer steps done and how often an overlong sample, cut to nothing that could be
-    learned, was served with weight 0 (`model.overlong=cut`).
+    Returns the optimizer steps done, how often an overlong sample, cut to nothing that could be learned,
+    was served with weight 0 (`model.overlong=cut`), and how the steps of each stage ran.
     """
+    run, model = task.run, task.model
     if run.weights.exists():
         facts = checkpoint.load(run.weights, model)
         log.info("training was finished before: weights from %s", run.weights)
-        return {key: int(facts[key]) for key in ("steps", "left_out")}
-    logger = loggers(run.path, conf.log)
+        return {key: facts[key] for key in ("steps", "left_out", "training") if key in facts}
+    logger = loggers(run.path, task.conf.log)
     run.curve.unlink(missing_ok=True)
-    total = left_out = 0
-    last = list(conf.stages)[-1]
-    for name, stage in conf.stages.items():
-        select_trainable(model, stage.train, stage.freeze, stage=name)
+    stages = planned(task)
+    modes: dict[str, str] = {}
+    left = each = 0.0  # seconds, of all that is to come and of one sample
+    for stage in stages:
+        select_trainable(model, stage.conf.train, stage.conf.freeze, stage=stage.name)
         model.train()
-        reader = corpus.readers[stage.split]
-        dataset = examples(
-            conf, corpus, stage.split, model, features, prompt=corpus.prompts[name], answer=True
-        )
-        steps = stage_steps(stage, len(dataset), name=name)
-        loader = train_loader(
-            dataset,
-            Plan(len(dataset), stage.global_batch, conf.seed, reader.manifest_hash, block=1),
-            start_step=0,
-            end_step=steps,
-            micro=micro_batch(stage, conf.hardware, name=name),
-            workers=conf.hardware.workers,
-            pin_memory=device_of(conf.hardware).type == "cuda",
-        )
-        end = total + steps
-        fit_stage(
-            model,
-            loader,
-            name=name,
-            conf=conf,
-            steps=steps,
-            first_step=total,
-            logger=logger,
-            folder=run.path,
-            callbacks=probes(
-                conf, run, corpus, model, features, first_step=total, last_step=end if name == last else 0
-            ),
-        )
-        total = end
-        left_out += dataset.left_out
+        steps, seconds, modes[stage.name] = captured(task, stage)
+        if stage is stages[0]:
+            measured = True
+            if steps is None:
+                seconds, measured = step_seconds(task, stage)
+            found, rest = announce(task, stages, seconds, measured=measured, others=others)
+            left, each = found.total + rest, found.step / stage.conf.global_batch
+            if on_estimate is not None:
+                on_estimate(found.total)
+        left -= each * stage.samples
+        after = max(0.0, left) / max(1e-9, each * stage.conf.global_batch)
+        fit(task, stage, steps, logger=logger, last=stage is stages[-1], after=after)
+    left_out = sum(stage.dataset.left_out for stage in stages)
     if left_out:
         log.warning("%d overlong samples had no answer within model.ctx_len and were left out", left_out)
-    done = {"steps": total, "left_out": left_out}
+    done = {"steps": stages[-1].first_step + stages[-1].steps, "left_out": left_out, "training": modes}
     checkpoint.save(run.weights, model, parts=parts, facts=done)
     return done
+
+
+def fit(
+    task: Task, stage: Stage, steps: Steps | None, *, logger: list[Logger], last: bool, after: float
+) -> None:
+    """Trains one stage: by its captured steps, or by a Trainer. after: what follows, in its steps."""
+    conf, end = task.conf, stage.first_step + stage.steps
+    points = probes(
+        conf,
+        task.run,
+        task.corpus,
+        task.model,
+        task.features,
+        first_step=stage.first_step,
+        last_step=end if last else 0,
+    )
+    if steps is not None:
+        every = min(conf.log.every, stage.steps)
+        steps.run(
+            stage.name, first_step=stage.first_step, logger=logger, every=every, probes=points, after=after
+        )
+        return
+    fit_stage(
+        task.model,
+        stage.loader(conf.hardware, pin_memory=task.device.type == "cuda"),
+        name=stage.name,
+        conf=conf,
+        steps=stage.steps,
+        first_step=stage.first_step,
+        logger=logger,
+        folder=task.run.path,
+        callbacks=points,
+        after=after,
+    )
 
 
 def check(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -49,14 +49,15 @@ class StageModule(L.LightningModule):
         return to_device(batch, device)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.model, self.stage.weight_decay),
-            lr=self.stage.lr,
-            betas=(self.stage.beta1, self.stage.beta2),
-            eps=self.stage.eps,
-        )
+        optimizer = adamw(parameter_groups(self.model, self.stage.weight_decay), stage=self.stage)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(self.stage, self.steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def adamw(parameters: Any, *, stage: StageConf) -> torch.optim.AdamW:
+    """The optimizer of a stage over parameters or groups of them."""
+    betas = (stage.beta1, stage.beta2)
+    return torch.optim.AdamW(parameters, lr=stage.lr, betas=betas, eps=stage.eps)
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ class Answers:
     row's sample in the batch. asked: [R], 0 for rows without a label, which the L2 term alone reads;
     None if all rows have one. counts: [B] labels of each sample. weight: [B], 0 for slots that only fill
     a batch. n_tokens: B * T of the batch they come from. l2: whether the L2 term acts on these rows.
+    real: [R], 0 for rows that only fill a fixed shape, which the L2 term leaves out; None if there are none.
     """
 
     hidden: Tensor
@@ -31,8 +32,9 @@ class Answers:
     asked: Tensor | None
     counts: Tensor
     weight: Tensor
-    n_tokens: int
+    n_tokens: int | Tensor
     l2: bool
+    real: Tensor | None = None
 
     @property
     def logits(self) -> Tensor:
@@ -52,8 +54,16 @@ def lm_loss(answers: Answers, *, reduction: str) -> Tensor:
     the loss.
     """
     rows = row_weights(answers, reduction=reduction)
-    penalty = torch.full_like(rows, L2_FACTOR / answers.n_tokens) if answers.l2 else None
+    penalty = l2_weights(answers, rows) if answers.l2 else None
     return linear_cross_entropy(answers.hidden, answers.head, answers.targets, rows, penalty)
+
+
+def l2_weights(answers: Answers, rows: Tensor) -> Tensor:
+    """Factor of each row's L2 term, [R], in the dtype of `rows`."""
+    factor = L2_FACTOR / answers.n_tokens
+    if isinstance(factor, float):
+        return torch.full_like(rows, factor)
+    return (factor if answers.real is None else factor * answers.real).to(rows.dtype).expand_as(rows)
 
 
 def row_weights(answers: Answers, *, reduction: str) -> Tensor:

@@ -123,17 +123,23 @@ class VisualRWKV(nn.Module):
         else:
             rows = answer_rows(asked) if batch.answers is None else batch.answers  # [M]
             hidden, targets = hidden.index_select(0, rows), targets.index_select(0, rows)
-        sample = rows // x.shape[1]
+        n_tokens: int | Tensor = batch.ids.numel()
+        real = None
+        if batch.longest is not None:
+            every = asked.flatten().index_select(0, rows)  # [R]
+            real = every if l2 != "all" else rows % x.shape[1] < batch.longest
+            n_tokens = (len(x) * batch.longest).double()
         return Answers(
             hidden,
             self.rwkv.head.weight,
             targets,
-            sample,
+            rows // x.shape[1],
             every,
             asked.sum(dim=1),
             batch.weight,
-            batch.ids.numel(),
+            n_tokens,
             l2 != "none",
+            real,
         )
 
 

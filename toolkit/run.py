@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from toolkit import compose, recipes, register, rules
+from toolkit import compose, estimate, recipes, register, rules
 from toolkit.compose import Job, Request
-from toolkit.explain import BadRecipe, fail, guarded
-from toolkit.layers import scales
+from toolkit.explain import COMMAND_LINE, BadRecipe, fail, guarded
+from toolkit.layers import parse, scales
+from toolkit.rundir import RunDir, run_id
+from toolkit.stopping import INTERRUPTED, stoppable
 
 log = logging.getLogger("toolkit.run")
 
@@ -26,6 +28,7 @@ examples:
   python -m toolkit.run                                       the quick start
   python -m toolkit.run recipe=ablation/scan_2d               one row of a table
   python -m toolkit.run recipe=ablation/scan seed=0,1,2       the whole table, three seeds
+  python -m toolkit.run recipe=ablation/scan hardware.parallel=4   four rows side by side; 0: as many as fit
   python -m toolkit.run recipe=quickstart scan=bi scan.PARAMETER=VALUE stages.tune.lr=1e-3
   python -m toolkit.run -m recurrence=rwkv5,rwkv6             a sweep of your own
   python -m toolkit.run recipe=ablation/scan_2d scale=paper_1b6 --check
@@ -35,9 +38,14 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 a run failed, 2 the request cannot be run."""
+    """Returns the exit code: 0 done, 1 a run failed, 2 the request cannot be run, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return guarded(lambda: _main(words))
+    try:
+        with stoppable():
+            return guarded(lambda: _main(words))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with what is not done", file=sys.stderr)
+        return INTERRUPTED
 
 
 def _main(words: list[str]) -> int:
@@ -174,7 +182,9 @@ def _run(cfg: dict[str, Any], recipe: str, argv: list[str]) -> None:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     from toolkit.job import run_job
 
-    run_job(cfg, recipe=recipe, argv=argv)
+    mine = run_id(cfg)
+    estimate.QUEUE[:] = [row for row in estimate.QUEUE if run_id(row) != mine]
+    run_job(cfg, recipe=recipe, argv=argv, others=tuple(estimate.QUEUE))
 
 
 def run_row(cfg: Any) -> None:
@@ -194,22 +204,50 @@ def run_row(cfg: Any) -> None:
 
 def _sweep(request: Request) -> int:
     """Runs every row, also after one failed, and tells at the end which did."""
-    for job in request.jobs:
-        compose.compose(job)  # a row that cannot run is found before the first one starts
-    failures = []
-    for job, outcome in zip(request.jobs, _launch(request), strict=True):
-        if outcome.status.name == "FAILED":
-            failures.append((job, outcome._return_value))
+    # A row that cannot run is found before the first one starts.
+    composed = [compose.compose(job) for job in request.jobs]
+    parallel = {cfg["hardware"]["parallel"] for cfg in composed}
+    failures = _in_turn(request, composed) if parallel == {1} else _side_by_side(request, composed)
     done = len(request.jobs) - len(failures)
     print(
         f"{done} of {len(request.jobs)} rows done" + (f", {len(failures)} failed:" if failures else ""),
         file=sys.stderr,
     )
-    for job, error in failures:
-        print(f"  {_row_name(job, request)}: {told(error)}", file=sys.stderr)
-        if os.environ.get("TOOLKIT_TRACE") == "1":
-            traceback.print_exception(error)
+    for name, error in failures:
+        print(f"  {name}: {error}", file=sys.stderr)
     return 1 if failures else 0
+
+
+def _in_turn(request: Request, composed: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Rows one after the other, by the launcher; (row, error) of those that failed."""
+    estimate.QUEUE[:] = [cfg for cfg in composed if RunDir.of(cfg).finished() is None]
+    failures = []
+    for job, outcome in zip(request.jobs, _launch(request), strict=True):
+        if outcome.status.name == "FAILED":
+            failures.append((_row_name(job, request), told(outcome._return_value)))
+            if os.environ.get("TOOLKIT_TRACE") == "1":
+                traceback.print_exception(outcome._return_value)
+    return failures
+
+
+def _side_by_side(request: Request, composed: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Rows in processes of this machine; (row, error) of those that failed."""
+    launcher = next((g for g in parse(request.arguments) if g.key.startswith("hydra/launcher")), None)
+    if launcher is not None:
+        what = "a launcher of Hydra's and hardware.parallel both say how rows are started"
+        raise fail(launcher.place, launcher.key, what, fix="take one of them out")
+    if len({cfg["hardware"]["parallel"] for cfg in composed}) > 1:
+        what = "differs between the rows of one sweep"
+        raise fail(COMMAND_LINE, "hardware.parallel", what, fix="give it once: hardware.parallel=0")
+    from toolkit import sweep, sweep_layout
+
+    rows = [
+        sweep.Row(i, _row_name(job, request), cfg, job.recipe, job.overrides)
+        for i, (job, cfg) in enumerate(zip(request.jobs, composed, strict=True), 1)
+    ]
+    plan = sweep_layout.layout(composed[0]["hardware"], len(rows))
+    errors = sweep.Sweep(rows, plan, show=lambda line: print(line, file=sys.stderr, flush=True)).run()
+    return [(row.label, errors[row.number]) for row in rows if row.number in errors]
 
 
 def _row_name(job: Job, request: Request) -> str:

@@ -81,6 +81,11 @@ class RunDir:
         self.curve = self.path / "accuracy.jsonl"
         self.predictions = self.path / "predictions"
 
+    @classmethod
+    def of(cls, cfg: Mapping[str, Any]) -> RunDir:
+        """The directory of a config, below its `paths.runs`."""
+        return cls(Path(cfg["paths"]["runs"]).expanduser(), cfg)
+
     def finished(self) -> dict[str, Any] | None:
         """The result of an earlier run of the same config, or None."""
         if not self.result.exists():

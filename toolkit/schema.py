@@ -91,6 +91,9 @@ class HardwareConf:
     micro_batch: Count = 0  # samples per forward pass, 0: the whole global_batch
     workers: Count = 0  # data loader processes
     threads: Count = 0  # CPU threads of torch, 0: all cores
+    parallel: Count = 1  # rows of a sweep that run side by side, 0: as many as the machine has room for
+    graph: Annotated[str, Choices("auto", "always", "never")] = "auto"  # training steps as one CUDA graph
+    meant_for: Annotated[str, Choices("any", "gpu")] = "any"  # what the scale's sizes suit; told if absent
 
 
 @dataclass

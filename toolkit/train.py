@@ -6,6 +6,7 @@ import ctypes
 import logging
 import math
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Iterable, Sequence
@@ -113,8 +114,12 @@ def fit_stage(
     logger: list[Logger],
     folder: Path,
     callbacks: Sequence[L.Callback] = (),
+    after: float = 0.0,
 ) -> None:
-    """Trains one stage for `steps` optimizer steps; the loader yields micro batches for all of them."""
+    """Trains one stage for `steps` optimizer steps; the loader yields micro batches for all of them.
+
+    after: what follows this stage, in its steps, for the time that progress tells.
+    """
     stage = conf.stages[name]
     size = micro_batch(stage, conf.hardware, name=name)
     module = StageModule(model, stage=stage, loss=conf.loss, steps=steps, first_step=first_step)
@@ -130,7 +135,7 @@ def fit_stage(
             gradient_clip_val=stage.grad_clip or None,
             logger=logger,
             log_every_n_steps=min(conf.log.every, steps),
-            callbacks=[bar(name), *callbacks],
+            callbacks=[bar(name, after=after), *callbacks],
             default_root_dir=folder,
             enable_progress_bar=sys.stdout.isatty(),
             enable_checkpointing=False,
@@ -138,6 +143,13 @@ def fit_stage(
             num_sanity_val_steps=0,
             use_distributed_sampler=False,
         )
-        trainer.fit(module, loader)
+        try:
+            trainer.fit(module, loader)
+        except SystemExit as end:
+            # Lightning takes Ctrl-C for exit code 1 and ignores the next one.
+            if isinstance(end.__context__, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt from end
+            raise
     if trainer.global_step != steps:
         raise RuntimeError(f"stage {name} stopped at step {trainer.global_step} of {steps}")

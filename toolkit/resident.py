@@ -1,0 +1,125 @@
+"""A data set that lies on the device whole: a batch is a gather there, and no step waits for the host."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from data.dataset import Examples
+from toolkit.contracts import IGNORE, NO_IMAGE, PAD_ID, Batch, ImageFeatures, mapped
+
+_SHARE = 8
+"""A data set may take one part in so many of the device's memory: other runs may share it."""
+
+
+class Unfit(RuntimeError):
+    """A sample that fixed shapes cannot hold; the message says why."""
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Every sample of a split, n of them, padded to the longest; S different texts.
+
+    text: [n] row of a sample in ids, labels [S, T], lengths, image_start [S] and answers [S, A]: the
+    positions before a label; the last position, which has none after it, fills shorter rows.
+    row: [n] its picture in patches [n_images, P, D] and extra [n_images, E, D]; None without pictures.
+    """
+
+    text: Tensor
+    ids: Tensor
+    labels: Tensor
+    lengths: Tensor
+    image_start: Tensor
+    answers: Tensor
+    row: Tensor | None
+    features: ImageFeatures | None
+
+    def batch(self, items: Tensor, weight: Tensor) -> Batch:
+        """The samples items [B] with weights [B], every shape fixed; reads nothing back from the device."""
+        text = self.text.index_select(0, items)  # [B]
+        ids = self.ids.index_select(0, text)  # [B, T]
+        lengths = self.lengths.index_select(0, text)
+        samples = torch.arange(len(items), device=items.device)
+        answers = self.answers.index_select(0, text) + samples.unsqueeze(1) * ids.shape[1]  # [B, A]
+        return Batch(
+            ids,
+            self.labels.index_select(0, text),
+            lengths,
+            self.image_start.index_select(0, text),
+            weight,
+            keys=(),
+            features=self._pictures(items),
+            answers=answers.flatten(),
+            images=None if self.row is None else samples,
+            longest=lengths.max(),
+        )
+
+    def _pictures(self, items: Tensor) -> ImageFeatures | None:
+        if self.row is None or self.features is None:
+            return None
+        rows, table = self.row.index_select(0, items), self.features
+        return ImageFeatures(
+            table.patches.index_select(0, rows), table.extra.index_select(0, rows), table.grid
+        )
+
+
+def obstacle(examples: Examples, device: torch.device) -> str:
+    """Why these examples cannot lie on the device as fixed shapes; "" if they can."""
+    table = examples.features
+    if table is None:
+        return "features of pictures are computed in each step"
+    if int((table.rows < 0).sum()):
+        return "some samples have no picture, so batches differ in shape"
+    size = table.patches.nbytes + table.extra.nbytes
+    room = torch.cuda.get_device_properties(device).total_memory // _SHARE if device.type == "cuda" else size
+    if size > room:
+        return f"the features take {size >> 20:,} MiB, more than the {room >> 20:,} MiB set aside for them"
+    return ""
+
+
+def load(examples: Examples, device: torch.device) -> Resident:
+    """Reads every example once and puts all on the device. Unfit where one has nothing to learn from."""
+    kept: dict[int, tuple[int, Tensor, Tensor, int]] = {}  # by the ids' address: equal texts share a tensor
+    text: list[int] = []
+    record: list[int] = []
+    for j in range(len(examples)):
+        sample = examples[j]
+        if sample.weight == 0 or sample.image_start == NO_IMAGE:
+            raise Unfit(f"sample {sample.key} is cut before its answer, or has no picture")
+        known = kept.setdefault(id(sample.ids), (len(kept), sample.ids, sample.labels, sample.image_start))
+        text.append(known[0])
+        record.append(sample.record)
+    _, ids, labels, starts = zip(*kept.values(), strict=True)
+    table = examples.features
+    assert table is not None
+    padded = pad_sequence(list(labels), batch_first=True, padding_value=IGNORE)  # [S, T]
+    made = Resident(
+        text=torch.tensor(text),
+        ids=pad_sequence(list(ids), batch_first=True, padding_value=PAD_ID),
+        labels=padded,
+        lengths=torch.tensor([len(one) for one in ids]),
+        image_start=torch.tensor(starts),
+        answers=answer_positions(padded),
+        row=table.rows[torch.tensor(record)],
+        features=ImageFeatures(table.patches, table.extra, table.grid),
+    )
+    return moved(made, device)
+
+
+def answer_positions(labels: Tensor) -> Tensor:
+    """Positions before a label, of labels [S, T]: [S, A], filled with the last position."""
+    asked = [(row[1:] != IGNORE).nonzero().flatten() for row in labels]
+    return pad_sequence(asked, batch_first=True, padding_value=labels.shape[1] - 1)
+
+
+def moved(data: Resident, device: torch.device) -> Resident:
+    """All of it on the device."""
+
+    def there(value: Any) -> Any:
+        return mapped(value, lambda tensor: tensor.to(device))
+
+    return Resident(**{name: there(value) for name, value in vars(data).items()})
