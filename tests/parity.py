@@ -1,10 +1,12 @@
 """Compares the toolkit with golden files taken from the original VisualRWKV code.
 
-    python -m tests.parity FILE... [--backend torch|reference|triton] [--device cpu|cuda]
+    python -m tests.parity FILE... [--backend torch|reference|triton] [--device cpu|cuda] [--pixels]
 
 Prints one line per file, scan and backend with the largest relative error (Frobenius norm) of logits,
 loss and gradients over the file's inputs, and exits 1 above the bounds. Sizes, recurrence version,
-projector and pooling are read from the file (format: tests/golden/README.md).
+projector and pooling are read from the file (format: tests/golden/README.md). With --pixels the file's
+weights go through toolkit.convert first, and its own CLIP tower sees the pixels; without, the stored
+features of the original's tower stand for it.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,9 +27,11 @@ from torch import Tensor, nn
 import kernels
 from toolkit import register
 from toolkit.contracts import IGNORE, PAD_ID, Batch, ImageFeatures
+from toolkit.convert.convert import convert
 from toolkit.lit import to_device
 from toolkit.loss import lm_loss
 from toolkit.model import VisualRWKV
+from toolkit.pretrained import fill_part, load_language_model
 from toolkit.trunk import LanguageModel
 
 BOUNDS = {"logits": 1e-4, "loss": 1e-4, "gradients": 1e-3}
@@ -91,6 +96,39 @@ class Golden:
     @property
     def scans(self) -> list[str]:
         return sorted({k.split("/")[1] for k in self.tensors if k.startswith("out0/")})
+
+
+def converted(golden: Golden, folder: Path) -> Path:
+    """The file's checkpoint (rwkv.*, proj.*, vit.*) through `toolkit.convert`, below `folder`."""
+    import open_clip
+
+    torch.save(golden.under("param/"), folder / "original.pth")
+    facts = convert(folder / "original.pth", folder / "converted")["parts"]["vit"]
+    name = f"golden-{facts['width']}-{facts['n_layer']}"
+    vision = {"image_size": facts["image_size"], "layers": facts["n_layer"], "width": facts["width"]}
+    # Heads cannot be told from a tower's tensors; the golden files' tower has four.
+    vision |= {"head_width": facts["width"] // 4, "patch_size": facts["patch"], "mlp_ratio": 2.0}
+    text = {"context_length": 4, "vocab_size": 8, "width": 16, "heads": 2, "layers": 1}
+    config = {"embed_dim": 16, "quick_gelu": True, "vision_cfg": vision, "text_cfg": text}
+    (folder / f"{name}.json").write_text(json.dumps(config))
+    open_clip.add_model_config(folder / f"{name}.json")
+    (folder / "tower").write_text(name)
+    return folder / "converted"
+
+
+def from_folder(golden: Golden, scan: str, folder: Path) -> VisualRWKV:
+    """The model of a golden file from its converted weights, the CLIP tower's own among them."""
+    register.discover()
+    args, given = golden.args, str(folder)
+    name = (folder.parent / "tower").read_text()
+    encoder = register.bind("encoder", {"name": "open_clip", "model": name, "weights": given})()
+    grid = args["grid_size"]
+    projector = {"name": "linear", "tokens": grid**2 if grid > 0 else grid}
+    proj = register.bind("projector", projector)(encoder.d_out, args["n_embd"], encoder.grid)
+    fill_part(proj, given, prefix="proj.", key="proj.weights", download="")
+    rwkv, _ = load_language_model(given)
+    table = register.bind("scan", {"name": SCANS.get(scan, scan)})(args["n_layer"], *proj.grid)
+    return VisualRWKV(encoder, proj, rwkv, table=table)
 
 
 def build(golden: Golden, scan: str) -> VisualRWKV:
@@ -159,19 +197,28 @@ def relative(ours: Tensor, theirs: Tensor) -> float:
     return error if error == error else float("inf")
 
 
-def errors(golden: Golden, scan: str, backend: str, device: str = "cpu") -> dict[str, float]:
-    """Largest relative errors of one scan over all inputs of the file."""
+def errors(
+    golden: Golden, scan: str, backend: str, device: str = "cpu", folder: Path | None = None
+) -> dict[str, float]:
+    """Largest relative errors of one scan over all inputs of the file.
+
+    folder: what `converted` made, to begin from pixels; None begins from the stored features.
+    """
     worst = dict.fromkeys(BOUNDS, 0.0)
 
     def note(what: str, value: float) -> None:
         worst[what] = max(worst[what], value)
 
-    model = build(golden, scan).to(device)
+    model = (build(golden, scan) if folder is None else from_folder(golden, scan, folder)).to(device)
+    for part in (model.proj, model.rwkv):
+        part.requires_grad_(True)
     reduction = "sample" if golden.version == 6 else "batch"
     with kernels.use(backend):
         for i in golden.inputs:
             expected = golden.under(f"out{i}/{scan}/")
             batch = batch_of(golden, i, model.n_image)
+            if folder is not None:
+                batch.pixels = golden.tensors[f"in{i}/images"][:, 0]
             assert torch.equal(batch.labels, expected["targets"]), (
                 f"{golden.path}: targets of input {i} differ"
             )
@@ -189,16 +236,26 @@ def errors(golden: Golden, scan: str, backend: str, device: str = "cpu") -> dict
     return worst
 
 
-def report(paths: list[Path], backends: list[str], device: str = "cpu") -> Iterator[tuple[str, bool]]:
+def report(
+    paths: list[Path], backends: list[str], device: str = "cpu", *, pixels: bool = False
+) -> Iterator[tuple[str, bool]]:
     """One line per file, scan and backend, and whether it is within the bounds."""
     for path in paths:
         golden = Golden.open(path)
-        for scan in golden.scans:
-            for backend in backends:
-                found = errors(golden, scan, backend, device)
-                good = all(found[k] <= BOUNDS[k] for k in BOUNDS)
-                numbers = "  ".join(f"{k} {v:.1e}" for k, v in found.items())
-                yield f"{'ok  ' if good else 'FAIL'} {path.name}  {scan:15} {backend:10} {numbers}", good
+        with tempfile.TemporaryDirectory() as place:
+            folder = converted(golden, Path(place)) if pixels else None
+            yield from _rows(golden, backends, device, folder)
+
+
+def _rows(
+    golden: Golden, backends: list[str], device: str, folder: Path | None
+) -> Iterator[tuple[str, bool]]:
+    for scan in golden.scans:
+        for backend in backends:
+            found = errors(golden, scan, backend, device, folder)
+            good = all(found[k] <= BOUNDS[k] for k in BOUNDS)
+            numbers = "  ".join(f"{k} {v:.1e}" for k, v in found.items())
+            yield f"{'ok  ' if good else 'FAIL'} {golden.path.name}  {scan:15} {backend:10} {numbers}", good
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,9 +263,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE")
     parser.add_argument("--backend", action="append", choices=BACKENDS, help="default: the first two")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    parser.add_argument(
+        "--pixels", action="store_true", help="through toolkit.convert, from the stored pixels"
+    )
     options = parser.parse_args(argv)
     good = True
-    for line, ok in report(options.files, options.backend or BACKENDS[:2], options.device):
+    for line, ok in report(
+        options.files, options.backend or BACKENDS[:2], options.device, pixels=options.pixels
+    ):
         print(line)
         good &= ok
     return 0 if good else 1

@@ -17,15 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import toolkit.convert.convert as converter
-from tests import parity
 from tests.test_encoders import TINY_CLIP, build, tiny_clip, to_open_clip
 from tests.test_recurrences import language_model
 from tests.test_rwkv_package import package
-from toolkit import register
 from toolkit.convert.__main__ import main
 from toolkit.convert.convert import convert, to_pth
-from toolkit.model import VisualRWKV
-from toolkit.pretrained import fill_part, load_language_model
+from toolkit.pretrained import load_language_model
 from toolkit.weights import Weights
 
 __all__ = ["package", "tiny_clip"]  # fixtures of other files
@@ -307,33 +304,6 @@ def test_open_clip_and_timm_towers_as_they_are(tmp_path: Path, here: None) -> No
     assert {"layout": "timm", "n_layer": 2, "width": 24, "image_size": 32}.items() <= config["parts"][
         "vit"
     ].items()
-
-
-# --- golden numbers -----------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("version", "scan"), [(5, "multidirection"), (6, "bidirection")])
-def test_golden_numbers_from_pixels(version: int, scan: str, tmp_path: Path, here: None) -> None:
-    """One checkpoint file through convert gives all three parts; from pixels to the original's logits."""
-    golden = parity.Golden.open(GOLDEN / f"visualrwkv_v{version}.safetensors")
-    torch.save(golden_file(version), tmp_path / "visual.pth")
-    convert(tmp_path / "visual.pth", tmp_path / "out")
-    folder = str(tmp_path / "out")
-    direct = parity.build(golden, scan)
-    encoder = build("open_clip", {"model": TINY_CLIP, "weights": folder})
-    proj = register.bind("projector", {"name": "linear"})(encoder.d_out, 64, encoder.grid)
-    fill_part(proj, folder, prefix="proj.", key="proj.weights", download="")
-    rwkv, _ = load_language_model(folder)
-    assert same(dict(rwkv.state_dict()), dict(direct.rwkv.state_dict()))
-    assert torch.equal(proj.weight, direct.proj.weight)
-    table = register.bind("scan", {"name": parity.SCANS[scan]})(6, *proj.grid)
-    model = VisualRWKV(encoder, proj, rwkv, table=table)
-    for i in golden.inputs:
-        batch = parity.batch_of(golden, i, model.n_image)
-        batch.pixels = golden.tensors[f"in{i}/images"][:, 0]
-        with torch.no_grad():
-            logits = model.logits(batch)
-        assert parity.relative(logits, golden.tensors[f"out{i}/{scan}/logits"]) < parity.BOUNDS["logits"]
 
 
 # --- hostile files ------------------------------------------------------------------------------

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+import toolkit.convert.convert as converter
 from tests import parity
 
 FILES = sorted((Path(__file__).parent / "golden").glob("visualrwkv_v*.safetensors"))
@@ -24,6 +26,27 @@ def test_all_scans_of_the_golden_files_are_compared() -> None:
 def test_parity(path: Path, scan: str, backend: str) -> None:
     found = parity.errors(parity.Golden.open(path), scan, backend)
     assert all(found[what] <= bound for what, bound in parity.BOUNDS.items()), found
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Path, Path]:
+    """Golden file -> its checkpoint through `toolkit.convert`."""
+
+    def without_a_child(path: Path, folder: Path, seconds: int, *, as_is: bool) -> dict[str, Any]:
+        return converter.write_folder(path, folder, as_is=as_is)  # starting one takes seconds
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(converter, "_in_a_child", without_a_child)
+        places = {path: tmp_path_factory.mktemp(path.stem) for path in FILES}
+        return {path: parity.converted(parity.Golden.open(path), place) for path, place in places.items()}
+
+
+@pytest.mark.parametrize(("path", "scan"), CASES, ids=lambda v: getattr(v, "stem", v))
+def test_parity_from_pixels_through_convert(path: Path, scan: str, folders: dict[Path, Path]) -> None:
+    """One checkpoint file gives all three parts; its own CLIP tower sees the stored pixels."""
+    found = parity.errors(parity.Golden.open(path), scan, "torch", folder=folders[path])
+    assert all(found[what] <= bound for what, bound in parity.BOUNDS.items()), found
+    assert found["gradients"] > 0 and found["logits"] > 0  # they were compared
 
 
 @pytest.mark.gpu
