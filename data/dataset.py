@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -117,8 +117,12 @@ class Examples(Dataset[Sample]):
 
     def __getitems__(self, items: Sequence[Slot]) -> list[Sample]:
         """The samples of a batch; what lies behind a URL is fetched side by side first."""
-        self.reader.prefetch({int(self.reader.examples.record[j]) for j, _ in items})
+        self.prefetch(j for j, _ in items)
         return [self[item] for item in items]
+
+    def prefetch(self, items: Iterable[int]) -> None:
+        """Brings examples nearer that are about to be read, if they are behind a URL."""
+        self.reader.prefetch({int(self.reader.examples.record[j]) for j in items})
 
     def __getitem__(self, item: int | tuple[int, float]) -> Sample:
         """item: an example's number, or (number, weight) as the step sampler yields it."""

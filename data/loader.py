@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Sampler
 
 from data.batch import collate
-from data.dataset import Examples, Slot
-from data.plan import Plan, divided, divisors
+from data.dataset import Sample, Slot
+from data.packing import Packed
+from data.plan import Steps, divided, divisors
 from toolkit.contracts import Batch
+
+if TYPE_CHECKING:
+    from data.features import FeatureTable
 
 
 class StepSampler(Sampler[list[Slot]]):
@@ -23,7 +27,7 @@ class StepSampler(Sampler[list[Slot]]):
     """
 
     def __init__(
-        self, plan: Plan, *, start_step: int, end_step: int, rank: int = 0, world: int = 1, micro: int = 0
+        self, plan: Steps, *, start_step: int, end_step: int, rank: int = 0, world: int = 1, micro: int = 0
     ) -> None:
         share = divided(plan.global_batch, world, what="global_batch", over="ranks")
         if micro and share % micro:
@@ -48,9 +52,38 @@ class StepSampler(Sampler[list[Slot]]):
                 yield slots[start : start + self._micro]
 
 
+class GroupSampler(Sampler[list[Slot]]):
+    """The groups of one rank as micro batches, for global steps start_step to end_step - 1 of a packing."""
+
+    def __init__(
+        self, plan: Packed, *, start_step: int, end_step: int, rank: int = 0, world: int = 1
+    ) -> None:
+        self.per_step = divided(plan.groups, world, what="groups", over="ranks")
+        self._plan, self._rank, self._world = plan, rank, world
+        self._steps = range(start_step, end_step)
+
+    def __len__(self) -> int:
+        return len(self._steps) * self.per_step
+
+    def __iter__(self) -> Iterator[list[Slot]]:
+        for t in self._steps:
+            for items, weight in self._plan.rank_part(t, self._rank, self._world):
+                yield [(item, weight) for item in items.tolist()]
+
+
+class Readable(Protocol):
+    """What a loader reads: samples by slot, and the feature cache that holds their pictures, if any."""
+
+    features: FeatureTable | None
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, item: Slot) -> Sample: ...
+
+
 def train_loader(
-    examples: Examples,
-    plan: Plan,
+    examples: Readable,
+    plan: Steps | Packed,
     *,
     start_step: int,
     end_step: int,
@@ -61,15 +94,29 @@ def train_loader(
     multiple: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """Batches of global steps start_step to end_step - 1 for one rank; see StepSampler, collate."""
+    """Batches of global steps start_step to end_step - 1 for one rank; see StepSampler, collate.
+
+    Every rank gets the same number of batches, in the plan's order whatever the number of workers.
+    A `Packed` plan gives its groups as micro batches, and `micro` must be 0.
+    """
     if plan.n != len(examples):
         raise ValueError(f"the plan is for {plan.n:,} examples, the data set has {len(examples):,}")
-    sampler = StepSampler(plan, start_step=start_step, end_step=end_step, rank=rank, world=world, micro=micro)
+    sampler: StepSampler | GroupSampler
+    if isinstance(plan, Packed):
+        if micro:
+            raise ValueError(
+                f"hardware.micro_batch={micro}: groups within a token budget are micro batches already; use 0"
+            )
+        sampler = GroupSampler(plan, start_step=start_step, end_step=end_step, rank=rank, world=world)
+    else:
+        sampler = StepSampler(
+            plan, start_step=start_step, end_step=end_step, rank=rank, world=world, micro=micro
+        )
     return _loader(examples, sampler, workers=workers, multiple=multiple, pin_memory=pin_memory)
 
 
 def eval_loader(
-    examples: Examples,
+    examples: Readable,
     *,
     batch: int,
     limit: int = 0,
@@ -88,13 +135,14 @@ def eval_loader(
 
 
 def _loader(
-    examples: Examples, batches: Any, *, workers: int, multiple: int, pin_memory: bool
+    examples: Readable, batches: Any, *, workers: int, multiple: int, pin_memory: bool
 ) -> DataLoader[Any]:
     # A generator of its own: making an iterator must not draw from the global random state.
     generator = torch.Generator()
     generator.manual_seed(0)
+    readable: Any = examples
     return DataLoader(
-        examples,
+        readable,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=partial(collate, features=examples.features, multiple=multiple),

@@ -104,6 +104,11 @@ class Packed(Resumable):
                 f"{self.budget:,} tokens a group; raise the budget or take the sample out"
             )
 
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return len(self.lengths)
+
     @cached_property
     def packs(self) -> list[Ints]:
         """All groups: every sample is in exactly one."""
