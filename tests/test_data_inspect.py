@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 
+from data.reader import ShardReader
 from tests.compositions import composed
-from tests.data.helpers import shard_folder
-from toolkit import data, recipes, run
+from tests.data.helpers import picture, shard_folder
+from toolkit import data, data_inspect, recipes, register, run
+from toolkit.data_samples import Rendering, described
 
 SMALL = ["data=scenes", "data.train_pictures=40", "data.test_pictures=12"]
 
@@ -39,7 +42,7 @@ def test_measures_each_type_against_training():
 
     train = made("x", ("q", "a"), ("q", "a"), ("q", "b")) + made("y", ("p", "c"))
     test = made("x", ("q", "a"), ("q", "b"), ("q", "b"), ("q", "d")) + made("y", ("p", "c"))
-    x, y, total = data.measure(train, test)
+    x, y, total = data_inspect.measure(train, test)
     assert (x.kind, x.n, x.texts, dict(x.answers)) == ("x", 4, 1, {"a": 1, "b": 2, "d": 1})
     assert (x.chance, x.majority, x.blind) == (0.375, 0.5, 0.25)
     assert (y.chance, y.majority, y.blind) == (1, 1, 1)
@@ -100,3 +103,39 @@ def test_help_needs_no_torch():
     code = "import sys, toolkit.data; print(sorted({'torch', 'numpy', 'matplotlib'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_prints_samples_as_the_model_reads_them(tmp_path, capsys):
+    folder = shard_folder(tmp_path / "s")
+    assert data.main(["inspect", str(folder), "prompt=prefix", "--samples", "3"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    at = lines.index("  train sample 00000000, png 8 x 6, " + f"{len(picture(0)):,} bytes")
+    assert lines[at + 1].strip() == "prompt=prefix: 13 text + 16 image = 29 of 64 positions, 3 learned"
+    assert lines[at + 2].strip() == r"User: ⟨image⟩\nq0\n\nAssistant:[[ a0\n\n]]"
+    assert sum(line.startswith("  train sample ") for line in lines) == 3
+    assert data.main(["inspect", str(folder), "--samples", "0"]) == 0
+    assert "sample" not in capsys.readouterr().out
+
+
+def test_says_which_samples_are_too_long_and_what_has_no_form(tmp_path):
+    def rendering(n_image: int) -> Rendering:
+        return Rendering(register.bind("prompt", {"name": "prefix"}), "prefix", n_image, 20)
+
+    example = ShardReader(shard_folder(tmp_path / "s", 3)).example(0)
+    assert rendering(16).count(example) == "13 text + 16 image = 29 of 20 positions (too long), 3 learned"
+    assert rendering(0).count(example) == "13 text + the image's positions, 3 learned"
+    text_only = ShardReader(tmp_path / "s").example(2)
+    assert "image" not in rendering(16).count(text_only).replace("positions", "")
+    broken = replace(example, turns=example.turns[:0])
+    assert "\n" not in described(rendering(16), broken) and described(rendering(16), broken)
+
+
+def test_the_sheet_shows_the_prompt(tmp_path):
+    from toolkit import data_plot
+
+    example = ShardReader(shard_folder(tmp_path / "s", 3)).example(0)
+    prompt = Rendering(register.bind("prompt", {"name": "prefix"}), "prefix", 16, 64)
+    assert data_plot._prompt(prompt, example) == [
+        "13 text + 16 image = 29 of 64 positions, 3 learned",
+        r"User: ⟨image⟩\nq0\n\nAssistant:[[ a0\n\n]]",
+    ]

@@ -1,132 +1,228 @@
-"""`python -m toolkit.data inspect data=NAME [key=value ...] [--plot [FILE]]`: what a data source holds."""
+"""`python -m toolkit.data convert|index|verify|inspect|export|features`: data sets on disk."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
-from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from toolkit import compose, register
-from toolkit.explain import COMMAND_LINE, fail, guarded
+from toolkit.data_bar import Bar
+from toolkit.explain import COMMAND_LINE, BadRecipe, closest, fail, guarded
 
 if TYPE_CHECKING:
-    from data.reader import ShardReader
-    from data.records import Example
+    from data.faults import Fault
 
-_SHOWN = 10
-"""Answers listed of a type; more are counted."""
-_FORMATS = (".png", ".svg", ".pdf")
+USAGE = """\
+python -m toolkit.data ACTION ...   (ACTION --help says more)
 
+  convert   LLaVA JSON and a folder of pictures -> shards with an index and a manifest
+  index     tars of others (webdataset, img2dataset) as they are -> an index and a manifest beside them
+  verify    every fault of a folder of shards, by shard, key, field and byte
+  inspect   what a data source holds: counts, floors, samples as the model reads them, a contact sheet
+  export    shards -> LLaVA JSON and pictures, with the bytes they had
+  features  a frozen encoder's features of every picture -> shards that train in place of the pictures
 
-@dataclass(frozen=True)
-class Facts:
-    """One question type of one split. chance and blind are measured against the training split."""
+Exit codes: 0 done, 2 the request cannot be run, 3 the data have faults."""
 
-    kind: str
-    n: int
-    texts: int
-    answers: Mapping[str, int]
-    chance: float
-    majority: float
-    blind: float
+EXIT_BAD_REQUEST, EXIT_FAULTS = 2, 3
+_ELSEWHERE = {"inspect": "toolkit.data_inspect", "features": "toolkit.data_features"}
+_SHOWN = 20
+"""Faults printed; all are in the report."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 for a request that cannot be run."""
+    """Returns the exit code, see USAGE."""
     words = list(sys.argv[1:] if argv is None else argv)
     return guarded(lambda: _main(words))
 
 
 def _main(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="python -m toolkit.data", description=__doc__, allow_abbrev=False)
-    parser.add_argument("action", choices=("inspect",))
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    parser.add_argument(
-        "--plot", nargs="?", const="", metavar="FILE", help="samples with questions and answers, as a picture"
-    )
-    args = parser.parse_intermixed_args(words)
-    if args.plot and Path(args.plot).suffix not in _FORMATS:
-        what = f"{args.plot!r} is no picture file ({', '.join(_FORMATS)})"
-        raise fail(COMMAND_LINE, "--plot", what, fix="--plot samples.png, or --plot as the last word")
-    request = compose.understand(args.overrides)
-    if request.multirun:
-        what = "a table was chosen; its rows share one data source"
-        raise fail(COMMAND_LINE, "recipe", what, fix="leave recipe= out, or name one row")
-    config = compose.compose(request.jobs[0], complete=True)
-    name = str(config["data"]["name"])
+    if not words or words[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    action, rest = words[0], words[1:]
+    here = {"convert": _convert, "index": _index, "verify": _verify, "export": _export}
+    known = [*here, *_ELSEWHERE]
+    if action not in known:
+        what = f"no action {action!r}; known: {', '.join(known)}"
+        raise fail(
+            COMMAND_LINE, "", what, matches=closest(action, known), fix="python -m toolkit.data --help"
+        )
     try:
-        readers = _readers(config)
-    except ValueError as error:
-        raise fail(request.jobs[0].plan.choices["data"].place, "", str(error)) from error
-    inspect(readers)
-    if args.plot is not None:
-        from toolkit.data_plot import draw
+        if action in here:
+            return here[action](rest)
+        done: int = importlib.import_module(_ELSEWHERE[action]).main(rest)
+        return done
+    except BadRecipe:
+        raise
+    except (OSError, ValueError) as error:
+        if os.environ.get("TOOLKIT_TRACE") == "1":
+            raise
+        raise fail(f"toolkit.data {action}", "", str(error)) from error
 
-        chosen = [text for text in args.overrides if text.startswith("data.")]
-        print(draw(" ".join([f"data={name}", *chosen]), readers, Path(args.plot or f"{name}.png")))
+
+def parser(action: str, description: str) -> argparse.ArgumentParser:
+    """An argument parser of one action."""
+    return argparse.ArgumentParser(
+        prog=f"python -m toolkit.data {action}", description=description, allow_abbrev=False
+    )
+
+
+def _count(text: str) -> int:
+    """A whole number that is not negative."""
+    value = int(text)
+    if value < 0:
+        raise ValueError
+    return value
+
+
+def _convert(words: list[str]) -> int:
+    asked = parser("convert", "LLaVA JSON, or one JSON a line, and a folder of pictures -> shards.")
+    asked.add_argument("--json", type=Path, required=True, metavar="FILE")
+    asked.add_argument(
+        "--images", type=Path, required=True, metavar="FOLDER", help="where picture paths begin"
+    )
+    asked.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    asked.add_argument(
+        "--shard-mb", type=_count, default=256, metavar="N", help="size of a shard; default 256"
+    )
+    asked.add_argument(
+        "--allow-rejects", type=_count, default=0, metavar="N", help="unusable records left out"
+    )
+    asked.add_argument("--repeated-ids", choices=("refuse", "keep"), default="refuse")
+    asked.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
+    args = asked.parse_args(words)
+    from data.sources.from_llava import Checks, TooManyRejects, convert
+
+    checks = Checks(args.images, args.allow_rejects, args.repeated_ids == "keep", args.decode, several=True)
+    try:
+        with Bar("convert") as bar:
+            fresh = convert(args.json, args.out, checks, shard_bytes=args.shard_mb << 20, progress=bar)
+    except TooManyRejects as error:
+        for reject in error.rejects[:_SHOWN]:
+            print(f"{reject['place']} (id {reject['id']}): {reject['reason']}")
+        _more(len(error.rejects))
+        print(f"{len(error.rejects):,} records are unusable, listed in {error.file}; nothing was written.")
+        print(f"repair them, or leave them out with --allow-rejects {len(error.rejects)}")
+        return EXIT_FAULTS
+    _told(args.out, "" if fresh else " (converted before)")
     return 0
 
 
-def _readers(config: Mapping[str, object]) -> dict[str, ShardReader]:
-    from data.reader import ShardReader
-    from toolkit.build import from_dict
-    from toolkit.corpus import cache_folder
+def _told(folder: Path, note: str = "") -> None:
+    """The line that sums up a folder of shards."""
+    from data.index import manifest_hash, read_manifest
 
-    conf = from_dict(config)
-    folders = register.bind("data", conf.data)(cache_folder(conf))
-    return {split: ShardReader(folder) for split, folder in folders.items()}
-
-
-def inspect(readers: Mapping[str, ShardReader]) -> None:
-    """Prints size, manifest hash and, per question type, answers and floors of every split."""
-    learned = list(readers["train"].all_examples()) if "train" in readers else []
-    for split, reader in readers.items():
-        examples = list(reader.all_examples())
-        print(f"{split}: {len(reader):,} records, {len(examples):,} questions, {reader.folder}")
-        print(f"  manifest hash {reader.manifest_hash}")
-        print(f"  {'type':<22}{'questions':>10}{'texts':>7}{'chance':>9}{'majority':>9}{'blind':>7}  answers")
-        for facts in measure(learned or examples, examples):
-            print(_line(facts))
+    manifest = read_manifest(folder)
+    totals, left_out = manifest["totals"], manifest["about"].get("rejects", 0)
+    print(
+        f"{folder}: {totals['nsamples']:,} samples, {totals['images']:,} pictures in {totals['shards']:,} "
+        f"shards, {totals['filesize'] / 1e6:,.1f} MB, {left_out:,} left out{note}"
+    )
+    print(f"manifest hash {manifest_hash(manifest)}")
 
 
-def measure(train: Sequence[Example], examples: Sequence[Example]) -> Iterator[Facts]:
-    """The facts of each question type, by name, then of all together if there are several."""
-    from data.floors import blind, chance, majority
+def _tars(given: Sequence[str]) -> list[Path]:
+    """The tars that paths name; a folder stands for those in it. ValueError for anything else."""
+    found: list[Path] = []
+    for word in given:
+        path = Path(word)
+        if path.is_dir():
+            found += sorted(p for p in path.iterdir() if p.suffix == ".tar")
+        elif path.suffix == ".tar" and path.is_file():
+            found.append(path)
+        else:
+            raise ValueError(f"{word!r} is neither a folder nor a .tar file on this machine")
+    return found
 
-    kinds, learned = _by_kind(examples), _by_kind(train)
-    groups: list[tuple[str, Sequence[Example], Sequence[Example]]]
-    groups = [(kind or "all", learned.get(kind) or train, kinds[kind]) for kind in sorted(kinds)]
-    if len(groups) > 1:
-        groups.append(("all", train, examples))
-    for kind, seen, asked in groups:
-        yield Facts(
-            kind,
-            len(asked),
-            len({e.question for e in asked}),
-            Counter(e.gold for e in asked),
-            chance(seen, asked),
-            majority(asked),
-            blind(seen, asked),
+
+def _index(words: list[str]) -> int:
+    asked = parser("index", "Makes tars that others wrote readable as they are.")
+    asked.add_argument("shards", nargs="+", metavar="TAR|FOLDER")
+    asked.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="for index and manifest; default: beside the tars"
+    )
+    asked.add_argument(
+        "--text", default="auto", metavar="auto|json|txt|json:FIELD", help="where the text lies"
+    )
+    asked.add_argument("--ask", default="Describe the image briefly.", help="question that a caption answers")
+    asked.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
+    asked.add_argument("--allow-rejects", type=_count, default=0, metavar="N", help="faulty samples left out")
+    args = asked.parse_args(words)
+    from data.foreign import index_shards
+
+    shards = _tars(args.shards)
+    folders = {path.resolve().parent for path in shards}
+    if args.out is None and len(folders) > 1:
+        raise ValueError(f"the tars lie in {len(folders)} folders; say with --out where the index goes")
+    out = args.out or (shards[0].parent if shards else Path())
+    with Bar("index") as bar:
+        faults = index_shards(
+            shards,
+            out,
+            text=args.text,
+            ask=args.ask,
+            full=args.decode,
+            allow=args.allow_rejects,
+            progress=bar,
         )
+    _printed(faults)
+    if len(faults) > args.allow_rejects:
+        print(
+            f"{len(faults):,} faults; nothing was written. Leave them out with --allow-rejects {len(faults)}"
+        )
+        return EXIT_FAULTS
+    _told(out)
+    return 0
 
 
-def _by_kind(examples: Sequence[Example]) -> dict[str, list[Example]]:
-    groups: defaultdict[str, list[Example]] = defaultdict(list)
-    for example in examples:
-        groups[example.kind].append(example)
-    return dict(groups)
+def _verify(words: list[str]) -> int:
+    asked = parser("verify", "Every fault of a folder of shards, by shard, key, field and byte.")
+    asked.add_argument("folder", type=Path, metavar="FOLDER")
+    asked.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
+    asked.add_argument("--report", type=Path, metavar="FILE", help="all faults as JSON lines")
+    args = asked.parse_args(words)
+    from data.records import dump_json
+    from data.verify import verify
+
+    with Bar("verify") as bar:
+        faults = list(verify(args.folder, full=args.decode, progress=bar))
+    if args.report is not None:
+        args.report.write_bytes(b"".join(dump_json(fault.row()) + b"\n" for fault in faults))
+    _printed(faults)
+    if faults:
+        print(f"{args.folder}: {len(faults):,} faults")
+        return EXIT_FAULTS
+    _told(args.folder, "; no faults")
+    return 0
 
 
-def _line(facts: Facts) -> str:
-    ranked = sorted(facts.answers.items(), key=lambda item: (-item[1], item[0]))
-    answers = ", ".join(f"{answer} {n / facts.n:.1%}" for answer, n in ranked[:_SHOWN])
-    more = f", {len(ranked) - _SHOWN} more" if len(ranked) > _SHOWN else ""
-    floors = f"{facts.chance:>9.1%}{facts.majority:>9.1%}{facts.blind:>7.1%}"
-    return f"  {facts.kind:<22}{facts.n:>10,}{facts.texts:>7,}{floors}  {answers}{more}"
+def _printed(faults: Sequence[Fault]) -> None:
+    for fault in faults[:_SHOWN]:
+        print(fault)
+    _more(len(faults))
+
+
+def _more(n: int) -> None:
+    if n > _SHOWN:
+        print(f"... and {n - _SHOWN:,} more")
+
+
+def _export(words: list[str]) -> int:
+    asked = parser("export", "Shards -> data.json in LLaVA's form and images/, with the bytes they had.")
+    asked.add_argument("folder", type=Path, metavar="FOLDER")
+    asked.add_argument("--out", type=Path, required=True, metavar="FOLDER")
+    args = asked.parse_args(words)
+    from data.export import export
+
+    with Bar("export") as bar:
+        count = export(args.folder, args.out, progress=bar)
+    print(f"{args.out / 'data.json'}: {count:,} records, pictures in {args.out / 'images'}")
+    return 0
 
 
 if __name__ == "__main__":
