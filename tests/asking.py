@@ -51,7 +51,9 @@ def answerer(
     ).eval()
     pixels = transform((model.n_image, model.encoder.d_out))
     model.encoder.transform = lambda: pixels
-    return of(model.rwkv, TOKENIZER, component("prompt", prompt), model, name, bf16, 200)
+    return of(
+        model.rwkv, TOKENIZER, component("prompt", prompt), model, name, bf16, 200, scan=scan, layout=prompt
+    )
 
 
 def ids_of(model: Answerer, segments: list[Segment]) -> list[int]:

@@ -80,6 +80,40 @@ def test_every_token_and_turn_from_the_state_equals_one_pass_over_all(
     torch.testing.assert_close(again[0], wanted[-1], rtol=0, atol=1e-4)
 
 
+@torch.inference_mode()
+@pytest.mark.parametrize("recurrence", sorted(register.components("recurrence")))
+def test_200_tokens_from_the_state_equal_one_pass_for_every_scan_and_prompt(recurrence: str) -> None:
+    """All scans and prompts in one batch of states; a pass over everything for each of them."""
+    many, scans, prompts = 200, register.components("scan"), register.components("prompt")
+    models = [answerer(recurrence, scan, prompt) for scan in sorted(scans) for prompt in sorted(prompts)]
+    first = models[0]
+    assert all(torch.equal(m.rwkv.head.weight, first.rwkv.head.weight) for m in models)
+    turns = [model.first_turn(QUESTIONS[1], image=True) for model in models]
+    read = [m.read_first([turn], [(picture(1), QUESTIONS[1])]) for m, turn in zip(models, turns, strict=True)]
+    state = [
+        (
+            tuple(torch.cat(parts) for parts in zip(*(time for time, _ in layer), strict=True)),
+            torch.cat([channel for _, channel in layer]),
+        )
+        for layer in zip(*(state for _, state in read), strict=True)
+    ]
+    seen = [torch.cat([logits for logits, _ in read])]
+    ids = []
+    drawn = Picker(Sampling(max_new_tokens=many, temperature=1.5, seed=1))  # greedy texts soon repeat
+    with Writer(first.rwkv, seen[0], state, drawn, owner=first) as writer:
+        for _ in range(many - 1):
+            ids.append(writer.token)
+            writer.step()
+            assert writer._decoder is not None
+            seen.append(writer._decoder.logits.clone())
+    found, written = torch.stack(seen, dim=1), torch.stack(ids, dim=1)  # [B, 200, V], [B, 199]
+    assert found.shape[:2] == (len(scans) * len(prompts), many)
+    for model, turn, logits, later in zip(models, turns, found, written.tolist(), strict=True):
+        wanted = whole(model, turn, picture(1), later)[-many:]
+        torch.testing.assert_close(logits, wanted, rtol=0, atol=1e-4, msg=f"{model.scan} {model.layout}")
+    assert len(found[:, 0].unique(dim=0)) > len(scans)  # scans and prompts do differ
+
+
 ASKED = [
     (picture(1), QUESTIONS[0]),
     (None, QUESTIONS[1]),
