@@ -114,7 +114,7 @@ def test_prints_samples_as_the_model_reads_them(tmp_path, capsys):
     assert lines[at + 2].strip() == r"User: ⟨image⟩\nq0\n\nAssistant:[[ a0\n\n]]"
     assert sum(line.startswith("  train sample ") for line in lines) == 3
     assert data.main(["inspect", str(folder), "--samples", "0"]) == 0
-    assert "sample" not in capsys.readouterr().out
+    assert "train sample" not in capsys.readouterr().out
 
 
 def test_says_which_samples_are_too_long_and_what_has_no_form(tmp_path):
@@ -124,7 +124,7 @@ def test_says_which_samples_are_too_long_and_what_has_no_form(tmp_path):
     example = ShardReader(shard_folder(tmp_path / "s", 3)).example(0)
     assert rendering(16).count(example) == "13 text + 16 image = 29 of 20 positions (too long), 3 learned"
     assert rendering(0).count(example) == "13 text + the image's positions, 3 learned"
-    text_only = ShardReader(tmp_path / "s").example(2)
+    text_only = ShardReader(tmp_path / "s").example(3)
     assert "image" not in rendering(16).count(text_only).replace("positions", "")
     broken = replace(example, turns=example.turns[:0])
     assert "\n" not in described(rendering(16), broken) and described(rendering(16), broken)
