@@ -20,10 +20,9 @@ from data.index import Index, Span, joined, manifest_hash, parse_index, read_man
 from data.mirror import RemoteFiles, open_origin
 from data.records import Example, dialogs_of, parse_record
 
+_BLOCK = 512
 _KEPT_JSON = 16 << 20
 """Bytes of JSON whose records stay parsed; a small question set is parsed once in all."""
-_GAP = 4096
-"""Bytes of headers and padding between members that are read together."""
 
 
 class DamagedSample(ValueError):
@@ -126,18 +125,20 @@ class ShardReader:
         return self._shard(i), spans[0] if image and spans else self._index.text(i)
 
     def raw(self, i: int) -> list[bytes]:
-        """The bytes of every member of record i, text first, in one read where they lie side by side.
+        """The bytes of every member of record i, text first, as they are: for tools that only move bytes.
 
-        Nothing is checked: for tools that only move bytes. Raises DamagedSample for what is not there.
+        Nothing is checked. Raises DamagedSample for what is not there.
         """
-        text, spans = self._index.text(i), self._index.images(i)
-        start, end = text.offset, text.offset + text.size
-        for span in spans:
-            start, end = min(start, span.offset), max(end, span.offset + span.size)
-        if end - start > (text.size + sum(span.size for span in spans)) + _GAP:
-            return [self._read(i, span) for span in (text, *spans)]
-        data = self._read(i, Span(text.kind, start, end - start, 0))
-        return [data[span.offset - start : span.offset - start + span.size] for span in (text, *spans)]
+        index, shard = self._index, self._shard(i)
+        if len(index.more_record) and index.n_images(i) > 1:
+            return [self._read(i, span) for span in (index.text(i), *index.images(i))]
+        spans = [(index.json_block.item(i), index.json_size.item(i))]
+        if index.image_kind.item(i):
+            spans.append((index.image_block.item(i), index.image_size.item(i)))
+        read = [self._files.read(shard, block * _BLOCK, size) for block, size in spans]
+        if any(cause for _, cause in read):
+            return [self._read(i, span) for span in (index.text(i), *index.images(i))]
+        return [data for data, _ in read]
 
     def prefetch(self, records: Iterable[int]) -> None:
         """Brings the members of these records nearer, several at a time, if they are behind a URL."""
