@@ -98,7 +98,7 @@ def told(found: Forecast, *, steps: int, questions: int, where: str, rows: int =
     line = f"about {duration(found.total)} on {where}: {steps:,} steps {how} {each}"
     line += f", then {questions:,} questions"
     if rows:
-        line += f"; about {duration(found.total + rest)} with the {rows} rows after it"
+        line += f"; about {duration(found.total + rest)} with the {rows} row{'s' * (rows > 1)} after it"
     return line
 
 

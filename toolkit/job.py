@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from toolkit.graphs import Steps
 from toolkit.model import VisualRWKV
 from toolkit.rundir import RunDir, provenance, write_json, write_text
 from toolkit.schema import RunConf
-from toolkit.scoring import evaluate, floors, probes, scored_examples
+from toolkit.scoring import chosen_by, evaluate, floors, probes, scored_examples
 from toolkit.stages import Stage, Task, announce, captured, planned, step_seconds, warn_without_gpu
 from toolkit.train import (
     choose_kernels,
@@ -39,13 +39,11 @@ def run_job(
     *,
     recipe: str,
     argv: list[str],
-    others: Sequence[Mapping[str, Any]] = (),
     on_estimate: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Trains and evaluates one config, or returns the result that its directory already holds.
 
-    others: rows of the same sweep that this process runs later, for the time told before training.
-    on_estimate: called then with the seconds that this run will take from there.
+    on_estimate: called before training with the seconds that this run will take from there.
     """
     refuse_several_processes()
     conf = from_dict(cfg)
@@ -59,7 +57,7 @@ def run_job(
         write_text(run.config, _yaml(cfg))
         run.note("running", recipe=recipe, **provenance(argv))
         try:
-            result = execute(conf, run, others=others, on_estimate=on_estimate)
+            result = execute(conf, run, on_estimate=on_estimate)
         except (KeyboardInterrupt, SystemExit):
             run.note("stopped")
             raise
@@ -84,7 +82,6 @@ def execute(
     conf: RunConf,
     run: RunDir,
     *,
-    others: Sequence[Mapping[str, Any]] = (),
     on_estimate: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """Data, model, training stages and evaluation; returns what the result tells of them."""
@@ -102,9 +99,10 @@ def execute(
         features = corpus.features(model, device)
     with Timer(facts, "train_seconds"):
         task = Task(conf, run, corpus, model, features, device)
-        facts |= train(task, parts, others=others, on_estimate=on_estimate)
+        facts |= train(task, parts, on_estimate=on_estimate)
     with Timer(facts, "eval_seconds"):
         predictions = evaluate(conf, corpus, model, features, device)
+        facts |= chosen_by(conf, corpus, model, features, device)
     write_text(run.predictions / f"{conf.eval.split}.jsonl", as_jsonl(predictions))
     learned_from = list(conf.stages.values())[-1].split
     return {
@@ -141,7 +139,6 @@ def train(
     task: Task,
     parts: list[str],
     *,
-    others: Sequence[Mapping[str, Any]] = (),
     on_estimate: Callable[[float], None] | None = None,
 ) -> dict[str, Any]:
     """All stages, one after the other; finished training is not repeated.
@@ -167,7 +164,7 @@ def train(
             measured = True
             if steps is None:
                 seconds, measured = step_seconds(task, stage)
-            found, rest = announce(task, stages, seconds, measured=measured, others=others)
+            found, rest = announce(task, stages, seconds, measured=measured)
             left, each = found.total + rest, found.step / stage.conf.global_batch
             if on_estimate is not None:
                 on_estimate(found.total)

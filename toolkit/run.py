@@ -184,7 +184,7 @@ def _run(cfg: dict[str, Any], recipe: str, argv: list[str]) -> None:
 
     mine = run_id(cfg)
     estimate.QUEUE[:] = [row for row in estimate.QUEUE if run_id(row) != mine]
-    run_job(cfg, recipe=recipe, argv=argv, others=tuple(estimate.QUEUE))
+    run_job(cfg, recipe=recipe, argv=argv)
 
 
 def run_row(cfg: Any) -> None:
@@ -221,8 +221,12 @@ def _sweep(request: Request) -> int:
 def _in_turn(request: Request, composed: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Rows one after the other, by the launcher; (row, error) of those that failed."""
     estimate.QUEUE[:] = [cfg for cfg in composed if RunDir.of(cfg).finished() is None]
+    try:
+        outcomes = _launch(request)
+    finally:
+        estimate.QUEUE.clear()
     failures = []
-    for job, outcome in zip(request.jobs, _launch(request), strict=True):
+    for job, outcome in zip(request.jobs, outcomes, strict=True):
         if outcome.status.name == "FAILED":
             failures.append((_row_name(job, request), told(outcome._return_value)))
             if os.environ.get("TOOLKIT_TRACE") == "1":

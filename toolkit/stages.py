@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -158,7 +158,6 @@ def announce(
     seconds: float,
     *,
     measured: bool,
-    others: Sequence[Mapping[str, Any]],
 ) -> tuple[estimate.Forecast, float]:
     """Says how long the run, and the rows of its sweep after it, will take; seconds: a first stage's step.
 
@@ -170,9 +169,11 @@ def announce(
     batch = stages[0].conf.global_batch
     found = estimate.forecast(seconds, samples, asked, batch=batch, measured=measured)
     mine = dataclasses.asdict(task.conf)
-    rest = sum(estimate.scaled(found.total, mine, other) for other in others)
+    rest = sum(estimate.scaled(found.total, mine, other) for other in estimate.QUEUE)
     where = place(task.device)
-    line = estimate.told(found, steps=steps, questions=asked, where=where, rows=len(others), rest=rest)
+    line = estimate.told(
+        found, steps=steps, questions=asked, where=where, rows=len(estimate.QUEUE), rest=rest
+    )
     log.info("%s", line)
     return found, rest
 

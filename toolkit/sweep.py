@@ -61,6 +61,7 @@ class Sweep:
         self.waiting = [row for row in rows if row.folder.finished() is None]
         self.done = len(rows) - len(self.waiting)
         self._workers: dict[Worker, _Running | None] = {}
+        self._retired: set[Worker] = set()  # get no more rows, and are about to end
         self._selector = selectors.DefaultSelector()
         self._said = time.monotonic()
         self._announced = False
@@ -76,6 +77,8 @@ class Sweep:
                     self._hand_out()
                     for key, _ in self._selector.select(timeout=1.0):
                         key.data()
+                    for worker in [w for w in self._workers if w.ended()]:
+                        self._end(worker)
                     self._say()
         except (KeyboardInterrupt, SystemExit) as end:
             how = "interrupted" if isinstance(end, KeyboardInterrupt) else "asked to stop"
@@ -91,11 +94,15 @@ class Sweep:
     def running(self) -> list[_Running]:
         return [running for running in self._workers.values() if running]
 
+    @property
+    def _active(self) -> list[Worker]:
+        return [worker for worker in self._workers if worker not in self._retired]
+
     def _hand_out(self) -> None:
         """Gives every free worker a row, starting workers up to the plan's number."""
-        for worker in [w for w, running in self._workers.items() if running is None]:
+        for worker in [w for w in self._active if self._workers[w] is None]:
             self._give(worker)
-        while len(self._workers) < self.plan.workers and self._next() is not None:
+        while len(self._active) < self.plan.workers and self._next() is not None:
             self._give(self._start())
 
     def _next(self) -> Row | None:
@@ -118,7 +125,7 @@ class Sweep:
         worker.send({"cfg": cfg, "recipe": row.recipe, "argv": list(row.argv)})
 
     def _start(self) -> Worker:
-        taken = [worker.gpu for worker in self._workers]
+        taken = [worker.gpu for worker in self._active]
         gpu = min(self.plan.gpus, key=taken.count) if self.plan.gpus else ""
         worker = Worker(gpu=gpu, sharing=self.plan.workers)
         self._workers[worker] = None
@@ -127,8 +134,6 @@ class Sweep:
         return worker
 
     def _read_output(self, worker: Worker) -> None:
-        if worker not in self._workers:
-            return
         lines, ended = worker.lines(worker.output)
         for line in lines:
             self._line(worker, line)
@@ -136,13 +141,11 @@ class Sweep:
             self._forget(worker.output)
 
     def _read_events(self, worker: Worker) -> None:
-        if worker not in self._workers:
-            return
         lines, ended = worker.lines(worker.events)
         for line in lines:
             self._event(worker, json.loads(line))
-        if ended:  # only the end of the process closes it
-            self._end(worker)
+        if ended:
+            self._forget(worker.events)
 
     def _line(self, worker: Worker, line: str) -> None:
         running = self._workers[worker]
@@ -153,7 +156,6 @@ class Sweep:
             self.show(f"[{running.row.label if running else 'worker'}] {line}")
 
     def _event(self, worker: Worker, event: Mapping[str, Any]) -> None:
-        self._read_output(worker)  # what it logged before
         running = self._workers[worker]
         if running is None:
             return
@@ -162,13 +164,16 @@ class Sweep:
             self.seconds[running.row.number] = float(event["seconds"])
             self._announce()
             return
+        self._read_output(worker)  # what it logged before
         if event["event"] == "done":
             self.done += 1
             self.seconds[running.row.number] = float(event["seconds"])
-        else:
+        else:  # what a failure leaves behind in a process, nobody knows
             self._fail(running.row, str(event["error"]))
+            self._retired.add(worker)
+            worker.close()
         self._close(worker)
-        self._said = 0.0
+        self._said = -math.inf
 
     def _fail(self, row: Row, error: str) -> None:
         self.errors[row.number] = f"{error}; log: {row.folder.path / LOG}"
@@ -181,6 +186,7 @@ class Sweep:
 
     def _end(self, worker: Worker) -> None:
         """Takes a worker out of use; a row that it still had in its hands has failed."""
+        self._read_events(worker)
         self._read_output(worker)
         for handle in (worker.output, worker.events):
             self._forget(handle)
@@ -190,6 +196,7 @@ class Sweep:
             self._fail(running.row, f"its process ended: {how}")
             self._close(worker)
         del self._workers[worker]
+        self._retired.discard(worker)
 
     def _forget(self, handle: int) -> None:
         if handle in self._selector.get_map():

@@ -11,6 +11,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+COMMAND = (sys.executable, "-m", "toolkit.sweep_worker")
+"""What a worker runs; the descriptor for events and the number of workers are added."""
+
 GRACE = 10.0
 """Seconds that a worker asked to stop is given."""
 
@@ -26,7 +29,7 @@ class Worker:
         self.gpu = gpu
         self.events, theirs = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "toolkit.sweep_worker", str(theirs), str(sharing)],
+            [*COMMAND, str(theirs), str(sharing)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -65,13 +68,20 @@ class Worker:
         *whole, self._parts[handle] = data.split(b"\n")
         return [line.decode(errors="replace") for line in whole], ended
 
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
     def ask_to_stop(self) -> None:
         self._process.terminate()
 
-    def end(self) -> str:
-        """Waits for the process, kills it after GRACE, frees everything; how it ended, in words."""
+    def close(self) -> None:
+        """Hands over no more rows; the process ends when it is done with what it has."""
         with suppress(BrokenPipeError):
             self._in.close()
+
+    def end(self) -> str:
+        """Waits for the process, kills it after GRACE, frees everything; how it ended, in words."""
+        self.close()
         try:
             code = self._process.wait(GRACE)
         except subprocess.TimeoutExpired:
