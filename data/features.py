@@ -34,13 +34,19 @@ class FeatureTable:
     """Features of every picture of a shard folder.
 
     patches: [n_images, P, D]. extra: [n_images, E, D]. grid: (height, width). rows: [n_records]
-    long, the row of each record, -1 for a text-only one. file: where the table is mapped from.
+    long, the row of each record, -1 for a text-only one. file: where the table is mapped from. streamed:
+    each batch is read from shards (data.feature_shards).
     """
+
+    streamed = False
 
     def __init__(
         self, patches: Tensor, extra: Tensor, grid: tuple[int, int], rows: Tensor, file: Path | None = None
     ) -> None:
         self.patches, self.extra, self.grid, self.rows, self.file = patches, extra, grid, rows, file
+
+    def fetch(self, record: int) -> None:
+        """Reads a record's features ahead, so that damage shows before its batch is made; here nothing."""
 
     def gather(self, records: Sequence[int]) -> ImageFeatures:
         """Features of these records, [B, P, D] and [B, E, D]; ValueError for one without a picture."""

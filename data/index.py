@@ -207,12 +207,19 @@ def joined(parts: Iterable[Index], n: int) -> Index:
 
 
 def manifest_hash(manifest: Mapping[str, Any]) -> str:
-    """SHA-256 over what the shards hold (every index holds a CRC-32 of every member), not over notes."""
+    """SHA-256 over what the shards hold (every index holds a CRC-32 of every member), not over notes.
+
+    A folder that holds the samples of another one in another form (features) has that one's hash.
+    """
+    if manifest.get("stands_for"):
+        return str(manifest["stands_for"])
     held = {"format": manifest["format"], "shardlist": manifest["shardlist"]}
     return hashlib.sha256(json.dumps(held, sort_keys=True).encode()).hexdigest()
 
 
-def make_manifest(shards: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Any]:
+def make_manifest(
+    shards: Sequence[Mapping[str, Any]], about: Mapping[str, Any], stands_for: str = ""
+) -> dict[str, Any]:
     """The manifest of a folder; `shardlist` uses the field names that webdataset's wids reads."""
     counted = ("nsamples", "dialogs", "images", "filesize")
     totals = {name: sum(shard[name] for shard in shards) for name in counted}
@@ -222,6 +229,7 @@ def make_manifest(shards: Sequence[Mapping[str, Any]], about: Mapping[str, Any])
         "format": FORMAT,
         "shardlist": [dict(shard) for shard in shards],
         "totals": {"shards": len(shards), **totals},
+        **({"stands_for": stands_for} if stands_for else {}),
         "about": dict(about),
     }
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from data.atomic import locked
-from data.dataset import Examples, Sample
+from data.dataset import Examples, Sample, Slot
 from data.images import BadPicture
-from data.plan import Plan
+from data.packing import Packed
+from data.plan import Steps
 from data.reader import DamagedSample
 from data.records import BadRecord, dump_json
 from toolkit.contracts import IGNORE, NO_IMAGE, PAD_ID, Batch
@@ -40,7 +41,7 @@ class Guarded(Dataset[Sample]):
         if policy not in POLICIES:
             raise ValueError(f"the policy for damaged samples is {policy!r}; use strict or tolerant")
         self.examples, self.tolerant, self.report = examples, policy == "tolerant", report
-        self.features = examples.features
+        self.features, self.reader = examples.features, examples.reader
         self._noted: set[int] = set()
 
     def __len__(self) -> int:
@@ -51,10 +52,20 @@ class Guarded(Dataset[Sample]):
         """As `Examples.left_out`: overlong samples served with weight 0."""
         return self.examples.left_out
 
+    def __getitems__(self, items: Sequence[Slot]) -> list[Sample]:
+        self.prefetch(j for j, _ in items)
+        return [self[item] for item in items]
+
+    def prefetch(self, items: Iterable[int]) -> None:
+        """As `Examples.prefetch`."""
+        self.examples.prefetch(items)
+
     def __getitem__(self, item: int | tuple[int, float]) -> Sample:
         j, weight = item if isinstance(item, tuple) else (item, 1.0)
         try:
             sample = self.examples[item]
+            if self.features is not None and sample.image_start != NO_IMAGE:
+                self.features.fetch(sample.record)
         except (DamagedSample, BadRecord, BadPicture) as error:
             damaged = self._placed(j, error)
             if not self.tolerant:
@@ -70,7 +81,7 @@ class Guarded(Dataset[Sample]):
         """The error with shard, key, member and byte offset."""
         if isinstance(error, DamagedSample):
             return error
-        reader, i = self.examples.reader, int(self.examples.reader.examples.record[j])
+        reader, i = self.reader, int(self.reader.examples.record[j])
         shard, span = reader.place(i, image=isinstance(error, BadPicture))
         key = reader.key(i)
         cause = str(error).removeprefix(f"{shard}: key {key}: ").removeprefix(f"{key}: ")
@@ -80,9 +91,9 @@ class Guarded(Dataset[Sample]):
 
     def _stand_in(self, j: int) -> Sample:
         """One position of padding without a label, for the slot of a sample that cannot be read."""
-        record = int(self.examples.reader.examples.record[j])
+        record = int(self.reader.examples.record[j])
         ids, labels = torch.tensor([PAD_ID]), torch.tensor([IGNORE])
-        return Sample(ids, labels, NO_IMAGE, self.examples.reader.key(record), record, 0.0)
+        return Sample(ids, labels, NO_IMAGE, self.reader.key(record), record, 0.0)
 
     def _note(self, j: int, fault: DamagedSample) -> None:
         """Adds the sample's row, unless this or another process has done so."""
@@ -117,7 +128,9 @@ class Counted:
     Raises RuntimeError if a planned sample came with weight 0 and has no row in the report.
     """
 
-    def __init__(self, loader: DataLoader[Batch], plan: Plan, *, first_step: int, report: Path) -> None:
+    def __init__(
+        self, loader: DataLoader[Batch], plan: Steps | Packed, *, first_step: int, report: Path
+    ) -> None:
         self._loader, self._plan, self._first, self._report = loader, plan, first_step, report
 
     def __len__(self) -> int:

@@ -38,12 +38,14 @@ def write_shards(
     shard_bytes: int = 256 << 20,
     about: Mapping[str, Any],
     kind_of: Callable[[bytes], str | None] = extension,
+    stands_for: str = "",
 ) -> Path:
     """Writes `out/shard-000000.tar` ... with an index each, then `out/manifest.json`; returns `out`.
 
     Members are `{key}.png|jpg|webp` (original bytes) and `{key}.json`; of several pictures
     `{key}.0.png`, `{key}.1.jpg` and so on. The key is a zero-padded running number. Equal records give
     equal bytes. shard_bytes: size at which a new shard begins. kind_of: bytes -> extension of a picture.
+    stands_for: manifest hash of the data whose samples these are in another form.
     `about` goes into the manifest and is read after the last record. Everything is written beside
     `out` and renamed: `out` exists whole or not at all. Two writers of the same data may race.
     Raises ValueError for a malformed record, for no records, and if `out` holds other data.
@@ -54,7 +56,7 @@ def write_shards(
         shards = list(_write_all(records, draft, shard_bytes, kind_of))
         if not shards:
             raise ValueError(f"no records to write to {out}")
-        manifest = make_manifest(shards, about)
+        manifest = make_manifest(shards, about, stands_for)
         text = json.dumps(manifest, indent=1, ensure_ascii=False, allow_nan=False)
         (draft / MANIFEST).write_text(text + "\n", encoding="utf-8")
         if not publish(draft, out) and manifest_hash(read_manifest(out)) != manifest_hash(manifest):

@@ -17,6 +17,7 @@ from data.reader import ShardReader
 from data.tokens import CompactTokenizer, Tokenizer, WorldTokenizer
 from toolkit import register
 from toolkit.contracts import ImageFeatures, Prompt, Text, mapped
+from toolkit.data_stored import stored
 from toolkit.explain import closest
 from toolkit.model import VisualRWKV
 from toolkit.progress import Ticker
@@ -57,16 +58,17 @@ class Corpus:
 
     def features(self, model: VisualRWKV, device: torch.device) -> dict[str, FeatureTable]:
         """Features of every picture of every split, once; empty if they are to be computed each time."""
-        where = self._where(model)
+        made = stored(self.conf, model, self.readers)
+        where: Any = "off" if len(made) == len(self.readers) else self._where(model)
         if where == "off":
-            return {}
+            return self._complete(made)
         model.eval()
         transform, identity = model.encoder.transform(), encoder_id(model, self.conf.encoder)
 
         def encode(pixels: Any) -> ImageFeatures:
             return model.encode(mapped(pixels, lambda tensor: tensor.to(device)))
 
-        return {
+        return made | {
             split: build_features(
                 reader,
                 encode,
@@ -77,7 +79,18 @@ class Corpus:
                 progress=Ticker(f"features {split}", len(reader)),
             )
             for split, reader in self.readers.items()
+            if split not in made
         }
+
+    def _complete(self, made: dict[str, FeatureTable]) -> dict[str, FeatureTable]:
+        """Tables of every split or of none; ValueError for pictures beside features that nothing encodes."""
+        pictures = [split for split in self.readers if split not in made]
+        if made and pictures:
+            raise ValueError(
+                f"split {next(iter(made))!r} holds features and split {pictures[0]!r} pictures; convert both "
+                "(python -m toolkit.data features), or write features.cache=disk"
+            )
+        return made
 
     def _where(self, model: VisualRWKV) -> Any:
         """ "memory", "disk" or "off", as `features.cache` says; "auto" keeps what fits the limit on disk."""

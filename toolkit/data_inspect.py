@@ -50,7 +50,7 @@ def main(words: list[str]) -> int:
     if args.plot and Path(args.plot).suffix not in _FORMATS:
         what = f"{args.plot!r} is no picture file ({', '.join(_FORMATS)})"
         raise fail(COMMAND_LINE, "--plot", what, fix="--plot samples.png, or --plot as the last word")
-    overrides = [word for given in args.overrides for word in _settings(given)]
+    overrides = [word for given in args.overrides for word in settings(given)]
     request = compose.understand(overrides)
     if request.multirun:
         what = "a table was chosen; its rows share one data source"
@@ -76,7 +76,7 @@ def main(words: list[str]) -> int:
     return 0
 
 
-def _settings(word: str) -> list[str]:
+def settings(word: str) -> list[str]:
     """A folder of shards as the settings that read it; any other word as it is."""
     if "=" in word or not Path(word).is_dir():
         return [word]

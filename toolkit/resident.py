@@ -72,6 +72,8 @@ def obstacle(examples: Examples, device: torch.device) -> str:
     table = examples.features
     if table is None:
         return "features of pictures are computed in each step"
+    if table.streamed:
+        return "features are read from shards in each step"
     if int((table.rows < 0).sum()):
         return "some samples have no picture, so batches differ in shape"
     size = table.patches.nbytes + table.extra.nbytes

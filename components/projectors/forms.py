@@ -29,14 +29,16 @@ class GridProjector(nn.Module, ABC):
         """[B, P, d_in] -> [B, P, d_out]."""
 
     def forward(self, features: ImageFeatures) -> ImageFeatures:
-        if features.grid != self.grid_in:
+        if features.grid not in (self.grid_in, self.grid):  # stored features may be pooled already
             raise ValueError(
                 f"projector: built for a {self.grid_in[0]} x {self.grid_in[1]} grid, "
                 f"got features on {features.grid[0]} x {features.grid[1]}; use the encoder it was built with"
             )
         # Paper: pooling comes before the projector in every version (v5.0, v6.20, v7.00).
         pooled = pool(features, self.grid)
-        return ImageFeatures(self.project(pooled.patches), self.project(pooled.extra), self.grid)
+        kept = next(self.parameters()).dtype  # stored features may be narrower
+        patches, extra = pooled.patches.to(kept), pooled.extra.to(kept)
+        return ImageFeatures(self.project(patches), self.project(extra), self.grid)
 
 
 class LinearProjector(GridProjector):

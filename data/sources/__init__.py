@@ -59,11 +59,12 @@ def shards(
     train: Annotated[str, FilePath(folder=True)],
     test: Annotated[str, FilePath(folder=True)] = "",
     align: Annotated[str, FilePath(folder=True)] = "",
+    val: Annotated[str, FilePath(folder=True)] = "",
 ) -> dict[str, Path]:
     """Folders of shards converted earlier, one per split; nothing is copied."""
     from data.index import read_manifest
 
-    folders = {"train": train, "test": test, "align": align}
+    folders = {"train": train, "test": test, "align": align, "val": val}
     found = {split: Path(folder) for split, folder in folders.items() if folder}
     for folder in found.values():
         read_manifest(folder)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from data.atomic import locked, remove_drafts
+from data.images import extension
 from data.index import MANIFEST
 from data.shards import Pictured, write_shards
 
@@ -17,6 +18,8 @@ def converted(
     about: Mapping[str, Any],
     *,
     shard_bytes: int = 256 << 20,
+    kind_of: Callable[[bytes], str | None] = extension,
+    stands_for: str = "",
 ) -> Path:
     """`out`, filled from `records()` if it is not there yet; a second process waits for the first."""
     if (out / MANIFEST).exists():
@@ -24,5 +27,7 @@ def converted(
     with locked(out.parent / f".{out.name}.lock", f"converting data to {out}"):
         remove_drafts(out)
         if not (out / MANIFEST).exists():
-            write_shards(records(), out, about=about, shard_bytes=shard_bytes)
+            write_shards(
+                records(), out, about=about, shard_bytes=shard_bytes, kind_of=kind_of, stands_for=stands_for
+            )
     return out
