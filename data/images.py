@@ -52,7 +52,7 @@ def decode(data: bytes, where: str) -> Picture:
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         picture.load()
-        return picture.convert("RGB")
+        return picture if picture.mode == "RGB" else picture.convert("RGB")
     except Exception as error:  # the decoders raise many kinds of error on damaged bytes
         raise BadPicture(
             f"{where}: the picture cannot be decoded: {error or type(error).__name__}"
