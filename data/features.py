@@ -9,17 +9,19 @@ import math
 import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import PIL.Image
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from data.atomic import locked, sync
 from data.batch import stack
-from data.images import decode
-from data.reader import ShardReader
+from data.images import BadPicture, decode
+from data.reader import DamagedSample, ShardReader
 from toolkit.contracts import ImageFeatures
 
 if TYPE_CHECKING:
@@ -46,7 +48,11 @@ class FeatureTable:
         self.patches, self.extra, self.grid, self.rows, self.file = patches, extra, grid, rows, file
 
     def fetch(self, record: int) -> None:
-        """Reads a record's features ahead, so that damage shows before its batch is made; here nothing."""
+        """Looks at a record's features before its batch is made. BadPicture if the picture was unreadable."""
+        row = int(self.rows[record])
+        one = self.patches if self.patches.shape[1] else self.extra
+        if row >= 0 and bool(one[row, 0, 0].isnan()):
+            raise BadPicture("the picture could not be read when its features were computed")
 
     def gather(self, records: Sequence[int]) -> ImageFeatures:
         """Features of these records, [B, P, D] and [B, E, D]; ValueError for one without a picture."""
@@ -79,6 +85,7 @@ def build_features(
     encoder_id: str,
     dtype: torch.dtype = torch.float32,
     batch: int = 64,
+    tolerant: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> FeatureTable:
     """The features of every picture: each is decoded, transformed and encoded once.
@@ -87,7 +94,8 @@ def build_features(
     encoder_id: names everything that decides the numbers (weights, size, transform).
     where="disk" keeps the table as safetensors in `folder`, named by data, encoder and dtype, uses
     it again next time, and maps it instead of loading it; a second process waits for the first.
-    progress is called with (pictures done, pictures in all).
+    tolerant: a picture that cannot be read gets NaN, which `FeatureTable.fetch` refuses; otherwise it raises
+    DamagedSample or BadPicture. progress is called with (pictures done, pictures in all).
     """
     if where not in ("memory", "disk"):
         raise ValueError(f"features can be kept in 'memory' or on 'disk', not {where!r}")
@@ -96,10 +104,13 @@ def build_features(
     records, rows = _pictured(reader)
     if not records:
         raise ValueError(f"{reader.folder} holds no pictures, so there are no features to keep")
-    batches = _encoded(reader, records, encode, transform, dtype, batch, progress)
+    read = partial(_readable if tolerant else _picture, reader)
+    batches = _encoded(read, records, encode, transform, dtype, batch, progress)
     if where == "memory":
         return _fill_memory(batches, len(records), rows)
-    file = folder / f"features-{_table_id(reader, encoder_id, dtype)}.safetensors"
+    # NaN must not reach who does not look for it: another name.
+    name = _table_id(reader, f"{encoder_id}:tolerant" if tolerant else encoder_id, dtype)
+    file = folder / f"features-{name}.safetensors"
     with locked(folder / f".{file.name}.lock", f"computing {file}"):
         if not file.exists():
             _remove_parts(file)
@@ -119,8 +130,21 @@ def _pictured(reader: ShardReader) -> tuple[list[int], Tensor]:
     return records, rows
 
 
+def _picture(reader: ShardReader, i: int) -> Image | None:
+    return decode(reader.image_bytes(i) or b"", reader.key(i))
+
+
+def _readable(reader: ShardReader, i: int) -> Image | None:
+    """The picture of record i, None if it cannot be read."""
+    try:
+        return _picture(reader, i)
+    except (DamagedSample, BadPicture) as error:
+        log.warning("no features for a damaged picture: %s", error)
+        return None
+
+
 def _encoded(
-    reader: ShardReader,
+    read: Callable[[int], Image | None],
     records: Sequence[int],
     encode: Callable[[Any], ImageFeatures],
     transform: Callable[[Image], Any],
@@ -131,10 +155,14 @@ def _encoded(
     """(first row, features) of one batch of pictures after the other."""
     for start in range(0, len(records), batch):
         part = records[start : start + batch]
-        pixels = stack([transform(decode(reader.image_bytes(i) or b"", reader.key(i))) for i in part])
+        pictures = [read(i) for i in part]
         with torch.no_grad():
-            made = encode(pixels)
-        yield start, ImageFeatures(made.patches.to("cpu", dtype), made.extra.to("cpu", dtype), made.grid)
+            made = encode(stack([transform(p or PIL.Image.new("RGB", (64, 64))) for p in pictures]))
+        patches, extra = (one.to("cpu", dtype, copy=True) for one in (made.patches, made.extra))
+        for row, picture in enumerate(pictures):
+            if picture is None:
+                patches[row], extra[row] = math.nan, math.nan
+        yield start, ImageFeatures(patches, extra, made.grid)
         if progress is not None:
             progress(start + len(part), len(records))
 

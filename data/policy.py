@@ -21,8 +21,8 @@ from data.dataset import Examples, Sample, Slot
 from data.images import BadPicture
 from data.packing import Packed
 from data.plan import Steps
-from data.reader import DamagedSample
-from data.records import BadRecord, dump_json
+from data.reader import DamagedSample, ShardReader
+from data.records import BadRecord, Example, dump_json
 from toolkit.contracts import IGNORE, NO_IMAGE, PAD_ID, Batch
 
 log = logging.getLogger("toolkit.data")
@@ -111,6 +111,19 @@ class Guarded(Dataset[Sample]):
                 with self.report.open("ab") as file:
                     file.write(dump_json(row) + b"\n")
                 log.warning("left out: %s", fault)
+
+
+def readable(reader: ShardReader, *, policy: str) -> Iterator[Example]:
+    """Every example in order; under `tolerant` those whose text cannot be read are passed over."""
+    if policy != "tolerant":
+        yield from reader.all_examples()
+        return
+    for j in range(len(reader.examples.record)):
+        try:
+            example = reader.example(j)
+        except (DamagedSample, BadRecord):
+            continue
+        yield example
 
 
 def reported(report: Path) -> dict[int, dict[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from data.features import FeatureTable, build_features, estimate_bytes
+from data.policy import readable
 from data.reader import ShardReader
 from data.tokens import CompactTokenizer, Tokenizer, WorldTokenizer
 from toolkit import register
@@ -53,8 +54,13 @@ class Corpus:
     def _texts(self) -> Iterable[str]:
         used = [(s.split, self.prompts[name]) for name, s in self.conf.stages.items()]
         for split, prompt in [*used, (self.conf.eval.split, self.prompt)]:
-            for example in self.readers[split].all_examples():
+            for example in readable(self.readers[split], policy=self.policy(split)):
                 yield from (s.text for s in prompt(example.turns) if isinstance(s, Text))
+
+    def policy(self, split: str) -> str:
+        """`faults` for splits that only train; what is scored must be read whole."""
+        scored = {name for key, name in wanted(self.conf) if key.startswith("eval.")}
+        return "strict" if split in scored else self.conf.faults
 
     def features(self, model: VisualRWKV, device: torch.device) -> dict[str, FeatureTable]:
         """Features of every picture of every split, once; empty if they are to be computed each time."""
@@ -76,6 +82,7 @@ class Corpus:
                 where=where,
                 folder=self.cache / "features",
                 encoder_id=identity,
+                tolerant=self.policy(split) == "tolerant",
                 progress=Ticker(f"features {split}", len(reader)),
             )
             for split, reader in self.readers.items()

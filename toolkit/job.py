@@ -11,6 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 import kernels
+from data.policy import readable, reported
 from data.tokens import WorldTokenizer
 from toolkit import checkpoint, curve, metrics
 from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
@@ -107,7 +108,10 @@ def execute(
     learned_from = list(conf.stages.values())[-1].split
     return {
         **metrics.summary(predictions),
-        **floors(corpus.readers[learned_from].all_examples(), scored_examples(conf, corpus)),
+        **floors(
+            readable(corpus.readers[learned_from], policy=corpus.policy(learned_from)),
+            scored_examples(conf, corpus),
+        ),
         "image_tokens": model.n_image,
         **facts,
         "curve": curve.read(run.curve),
@@ -144,13 +148,14 @@ def train(
     """All stages, one after the other; finished training is not repeated.
 
     Returns the optimizer steps done, how often an overlong sample, cut to nothing that could be learned,
-    was served with weight 0 (`model.overlong=cut`), and how the steps of each stage ran.
+    was served with weight 0 (`model.overlong=cut`), how many samples `left_out-SPLIT.jsonl` lists, and how
+    the steps of each stage ran.
     """
     run, model = task.run, task.model
     if run.weights.exists():
         facts = checkpoint.load(run.weights, model)
         log.info("training was finished before: weights from %s", run.weights)
-        return {key: facts[key] for key in ("steps", "left_out", "training") if key in facts}
+        return {key: facts[key] for key in ("steps", "left_out", "reported", "training") if key in facts}
     logger = loggers(run.path, task.conf.log)
     run.curve.unlink(missing_ok=True)
     stages = planned(task)
@@ -174,7 +179,13 @@ def train(
     left_out = sum(stage.dataset.left_out for stage in stages)
     if left_out:
         log.warning("%d overlong samples had no answer within model.ctx_len and were left out", left_out)
-    done = {"steps": stages[-1].first_step + stages[-1].steps, "left_out": left_out, "training": modes}
+    rows = sum(len(reported(report)) for report in {stage.dataset.report for stage in stages})
+    done = {
+        "steps": stages[-1].first_step + stages[-1].steps,
+        "left_out": left_out,
+        "reported": rows,
+        "training": modes,
+    }
     checkpoint.save(run.weights, model, parts=parts, facts=done)
     return done
 

@@ -130,6 +130,7 @@ class RunConf:
 
     title: str = ""
     seed: Count = 0
+    faults: Annotated[str, Choices("strict", "tolerant")] = "strict"  # damaged samples stop, or are left out
     model: ModelConf = field(default_factory=ModelConf)
     lm: PartConf = field(default_factory=PartConf)
     proj: PartConf = field(default_factory=PartConf)

@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
-from data.dataset import Examples
 from data.loader import train_loader
 from data.plan import Plan
+from data.policy import Counted, Guarded
 from toolkit import estimate, graphs, resident
 from toolkit.contracts import Batch
 from toolkit.corpus import Corpus
@@ -50,13 +49,14 @@ class Task:
 class Stage:
     """One stage, ready to train. first_step: optimizer steps of the stages before it.
 
-    apart: the same data once more, for what is tried before; what it counts and keeps is not training's.
+    dataset: samples under the policy for damaged ones (data.policy). apart: the same data once more, for
+    what is tried before; what it counts and keeps is not training's.
     """
 
     name: str
     conf: StageConf
-    dataset: Examples
-    apart: Examples
+    dataset: Any
+    apart: Any
     plan: Plan
     steps: int
     first_step: int
@@ -65,11 +65,9 @@ class Stage:
     def samples(self) -> int:
         return self.steps * self.conf.global_batch
 
-    def loader(
-        self, hardware: HardwareConf, *, pin_memory: bool = False, steps: int = 0
-    ) -> DataLoader[Batch]:
+    def loader(self, hardware: HardwareConf, *, pin_memory: bool = False, steps: int = 0) -> Counted:
         """Micro batches of all steps; or, from the data kept apart and in this process, of the first ones."""
-        return train_loader(
+        loader = train_loader(
             self.apart if steps else self.dataset,
             self.plan,
             start_step=0,
@@ -78,6 +76,7 @@ class Stage:
             workers=0 if steps else hardware.workers,
             pin_memory=pin_memory,
         )
+        return Counted(loader, self.plan, first_step=0, report=self.dataset.report)
 
 
 def planned(task: Task) -> list[Stage]:
@@ -93,9 +92,10 @@ def planned(task: Task) -> list[Stage]:
     return stages
 
 
-def _dataset(task: Task, name: str) -> Examples:
+def _dataset(task: Task, name: str) -> Guarded:
     split, prompt = task.conf.stages[name].split, task.corpus.prompts[name]
-    return examples(task.conf, task.corpus, split, task.model, task.features, prompt=prompt, answer=True)
+    made = examples(task.conf, task.corpus, split, task.model, task.features, prompt=prompt, answer=True)
+    return Guarded(made, policy=task.corpus.policy(split), report=task.run.path / f"left_out-{split}.jsonl")
 
 
 def captured(task: Task, stage: Stage) -> tuple[graphs.Steps | None, float, str]:
