@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
@@ -21,6 +22,8 @@ from data.mirror import RemoteFiles, open_origin
 from data.records import Example, dialogs_of, parse_record
 
 _BLOCK = 512
+log = logging.getLogger("toolkit.data")
+
 _KEPT_JSON = 16 << 20
 """Bytes of JSON whose records stay parsed; a small question set is parsed once in all."""
 
@@ -57,16 +60,17 @@ class ShardReader:
 
     Opening reads manifest and indexes and compares every shard file's size. Raises ValueError
     naming the shard if one is missing or has another size, or if an index was changed.
+    whole=False: such a shard is only warned of, and what is missing of it is DamagedSample when read.
     """
 
-    def __init__(self, folder: Path | str) -> None:
+    def __init__(self, folder: Path | str, *, whole: bool = True) -> None:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         shards: list[dict[str, Any]] = self.manifest["shardlist"]
         self._names = [str(shard["url"]) for shard in shards]
         self._layouts = [shard.get("layout") for shard in shards]
         self._ends = list(accumulate(int(shard["nsamples"]) for shard in shards))
-        self._files = self._opened(shards)
+        self._files = self._opened(shards, whole=whole)
         parts = (_load_index(self.folder, shard) for shard in shards)
         self._index = joined(parts, sum(shard["nsamples"] for shard in shards))
         self._kept: dict[int, tuple[Example, ...]] = {}
@@ -77,11 +81,16 @@ class ShardReader:
         """Number of records."""
         return len(self._index)
 
-    def _opened(self, shards: list[dict[str, Any]]) -> Files:
+    def _opened(self, shards: list[dict[str, Any]], *, whole: bool) -> Files:
         origin = open_origin(self.folder)
         if origin is None:
             for shard in shards:
-                _check_file(self.folder, shard)
+                try:
+                    _check_file(self.folder, shard)
+                except ValueError as error:
+                    if whole:
+                        raise
+                    log.warning("%s", error)
             return LocalFiles(self.folder)
         sizes = {str(shard["url"]): int(shard["filesize"]) for shard in shards}
         return RemoteFiles(origin, sizes, self.folder.name)
@@ -105,10 +114,12 @@ class ShardReader:
 
     def record(self, i: int) -> dict[str, Any]:
         """The JSON of record i; for a caption of foreign shards, the one dialog that is made of it."""
-        layout = self._layouts[self._shard_number(i)]
-        span = self._index.text(i)
-        text = self._member(i, span if layout is None else span._replace(kind=str(layout["text"])))
+        text, layout = self._member(i, self._text(i)), self._layouts[self._shard_number(i)]
         return parse_record(text, f"{self._shard(i)}: key {self.key(i)}", layout, self.n_images(i))
+
+    def _text(self, i: int) -> Span:
+        layout, span = self._layouts[self._shard_number(i)], self._index.text(i)
+        return span if layout is None else span._replace(kind=str(layout["text"]))
 
     def image_bytes(self, i: int) -> bytes | None:
         """The picture of record i as it was converted, its first if it has several, None for text only."""
@@ -122,7 +133,7 @@ class ShardReader:
     def place(self, i: int, *, image: bool) -> tuple[str, Span]:
         """(shard, where it lies) of the first picture of record i, or of its text."""
         spans = self._index.images(i)
-        return self._shard(i), spans[0] if image and spans else self._index.text(i)
+        return self._shard(i), spans[0] if image and spans else self._text(i)
 
     def raw(self, i: int) -> list[bytes]:
         """The bytes of every member of record i, text first, as they are: for tools that only move bytes.

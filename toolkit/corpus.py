@@ -40,7 +40,10 @@ class Corpus:
         self.conf = conf
         self.cache = cache_folder(conf)
         folders = register.bind("data", conf.data)(self.cache)
-        self.readers = {split: ShardReader(open_split(folders, split, key)) for key, split in wanted(conf)}
+        self.readers = {
+            split: ShardReader(open_split(folders, split, key), whole=self.policy(split) == "strict")
+            for key, split in wanted(conf)
+        }
         self.prompts = {name: prompt_of(conf, stage.prompt) for name, stage in conf.stages.items()}
         self.prompt = prompt_of(conf, "")
         self.tokenizer = self._tokenizer()

@@ -98,6 +98,30 @@ def test_tolerant_gives_the_slot_a_stand_in(tmp_path, name):
         assert (examples[j].image_start, len(examples[j].ids), examples[j].key) == (NO_IMAGE, 1, f"{j:08d}")
 
 
+@pytest.mark.parametrize("name", [*(n for n in STRUCTURE if n.startswith("cut")), "missing"])
+def test_a_cut_or_missing_shard_stops_at_once_or_loses_only_what_is_gone(tmp_path, name, caplog):
+    folder = write_shards(records(), tmp_path / "s", about={})
+    index = parse_index((folder / "shard-000000.index").read_bytes(), "")
+    if name == "missing":
+        (folder / SHARD).unlink()
+    else:
+        STRUCTURE[name].do(folder / SHARD, index)
+    lost = set(range(N)) if name == "missing" else set(STRUCTURE[name].bad)
+    with pytest.raises(ValueError, match=rf"^{SHARD} (is missing|in .* has [\d,]+ bytes, the manifest says)"):
+        ShardReader(folder)
+    reader = ShardReader(folder, whole=False)
+    assert SHARD in caplog.text
+    settings = {"prompt": plain_prompt, "tokenizer": Letters(), "n_image": 4, "ctx_len": 64}
+    report = tmp_path / "r.jsonl"
+    examples = Guarded(Examples(reader, transform=mean_color, **settings), policy="tolerant", report=report)
+    plan = Plan(N, 4, 0, "m")
+    loader = train_loader(examples, plan, start_step=0, end_step=2)
+    batches = list(Counted(loader, plan, first_step=0, report=report))
+    times = Counter(k for b in batches for k, w in zip(b.keys, b.weight.tolist(), strict=True) if w > 0)
+    assert times == {f"{j:08d}": 1 for j in range(N) if j not in lost}
+    assert set(reported(report)) == lost
+
+
 def test_settings_are_no_faults_of_the_data(tmp_path):
     examples = guarded(shard_folder(tmp_path / "s"), tmp_path / "r.jsonl", "tolerant", ctx_len=6)
     with pytest.raises(ValueError, match=r"set model.ctx_len=") as error:
