@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kernels
 from tests.helpers import component, make_batch, randomise, small_model
@@ -127,6 +128,31 @@ def test_steps_equal_the_whole_forward(name: str) -> None:
         torch.testing.assert_close(mine, theirs, rtol=1e-8, atol=1e-9)
     assert [t.data_ptr() for t in tensors(decoder.state)] == places
     assert all(torch.equal(a, b) for a, b in zip(tensors(state), before, strict=True))
+
+
+class Counted(TorchDispatchMode):
+    """Counts what runs: operators, and the elements that they read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.work: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = sum(a.numel() for a in args if isinstance(a, Tensor))
+        self.work.append((str(op), read))
+        return op(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_a_token_at_4096_is_the_work_of_one_at_64(name: str) -> None:
+    model = built_in(name)
+    found = []
+    for position in (64, 4096):
+        decoder = Decoder(model, prefilled(model, torch.randint(0, VOCAB, (1, position))))
+        with Counted() as counted:
+            decoder.step()
+        found.append(counted.work)
+    assert found[0] == found[1] and len(found[0]) > 20
 
 
 @pytest.mark.parametrize("name", RECURRENCES)
