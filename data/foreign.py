@@ -23,6 +23,9 @@ from data.members import MAX_FAULTS, Sample, members, split_name
 from data.records import MAX_JSON, BadRecord, parse_json
 from data.tar import Member
 
+_TRIED = 100
+"""Samples that are asked where the text lies."""
+
 Layout = Mapping[str, Any]
 """Where the text of a sample lies; see data.records.parse_record."""
 
@@ -103,27 +106,35 @@ def _check_names(shards: Sequence[Path], out: Path) -> None:
 
 
 def guessed(path: Path, samples: Sequence[Sample], ask: str) -> Layout | None:
-    """The layout that the first sample speaks for; None where there is no sample. Raises ValueError."""
+    """The layout that the first readable sample speaks for; None for no samples. Raises ValueError."""
+    fields: list[Any] = []
+    for sample in samples[:_TRIED]:
+        found = _fields(path, sample)
+        if "conversations" in found or "dialogs" in found:
+            return {"text": "json"}
+        if "txt" in sample.texts:
+            return {"text": "txt", "ask": ask}
+        if "caption" in found:
+            return {"text": "json", "field": "caption", "ask": ask}
+        fields = fields or found
     if not samples:
         return None
-    texts = samples[0].texts
-    record: Any = None
-    if "json" in texts and texts["json"].size <= MAX_JSON:
-        try:
-            record = parse_json(_read(path, texts["json"]), "")
-        except BadRecord:
-            record = None
-    fields = list(record) if isinstance(record, dict) else []
-    if "conversations" in fields or "dialogs" in fields:
-        return {"text": "json"}
-    if "txt" in texts:
-        return {"text": "txt", "ask": ask}
-    if "caption" in fields:
-        return {"text": "json", "field": "caption", "ask": ask}
     raise ValueError(
         f"{path.name}: sample {samples[0].key} has no conversations, no .txt and no caption (fields of its "
         f"JSON: {', '.join(map(str, fields[:20])) or 'none'}); say where the text is with --text json:FIELD"
     )
+
+
+def _fields(path: Path, sample: Sample) -> list[Any]:
+    """Names of the fields of a sample's JSON, none where there is no such JSON."""
+    member = sample.texts.get("json")
+    if member is None or member.size > MAX_JSON:
+        return []
+    try:
+        record = parse_json(_read(path, member), "")
+    except BadRecord:
+        return []
+    return list(record) if isinstance(record, dict) else []
 
 
 def _read(path: Path, member: Member) -> bytes:
