@@ -99,6 +99,8 @@ class Steps:
         )
         for group in self.optimizer.param_groups:
             group["lr"] = self._rate
+        # The warm-up before a capture would bring a warning that nothing was captured.
+        setattr(self.optimizer, "_warned_capturable_if_run_uncaptured", True)  # noqa: B010
         self._graph: torch.cuda.CUDAGraph | None = None
 
     @property
@@ -144,7 +146,9 @@ class Steps:
         try:
             with estimate.unchanged(self.model):
                 self._warm_up()
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                # Some versions of torch leave the capture's stream in force where it fails.
+                now = torch.cuda.stream(torch.cuda.current_stream(self.device))
+                with now, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     self._step()
                 self._graph = graph
                 seconds = estimate.measure(self._first_step, wait=self._wait, patience=0.2)
