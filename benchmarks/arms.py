@@ -3,10 +3,10 @@
     python -m benchmarks.arms [--out FOLDER] [--seconds 4] [--budget 220] [--mps]
 
 Arms are those of scale=small (scan 2d, sandwich). Measured, in steps a second over all arms: the ordinary
-loop and the captured step of each recurrence; N processes that share the GPU; N arms captured in one process,
-each on a stream of its own. --mps: the processes once more under NVIDIA's Multi-Process Service, with a daemon
-of its own for the length of the run. Writes arms.json and arms.md after each part; a part that would begin
-after --budget seconds is left out, and said so. --device cpu tries the script without a GPU.
+loop and the captured step of each recurrence; N processes that share the GPU; N arms captured in one
+process, each on a stream of its own. --mps: the processes once more under NVIDIA's Multi-Process Service,
+with a daemon of its own for the length of the run. Writes arms.json and arms.md after each part; a part that
+would begin after --budget seconds is left out, and said so. --device cpu tries the script without a GPU.
 """
 
 from __future__ import annotations
@@ -284,7 +284,9 @@ def one_process(report: Report, cache: Path, device: str, seconds: float) -> Non
     """N arms captured in this process, each on its stream."""
     import torch
 
-    arm, made, streams = Arm("rwkv6", cache, device), [], []
+    arm = Arm("rwkv6", cache, device)
+    made: list[Any] = []
+    streams: list[Any] = []
     for count in STREAMS if device == "cuda" else (1, 2):
         if not report.time_for(f"{count} arms in one process"):
             continue
