@@ -50,6 +50,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
         {"model": TINY_CLIP, "weights": "random", "layer": -2, "class_token": False},
     ],
     "lite0": [{}, {"stride": 8}, {"image_size": 96, "stride": 32}],
+    "colors": [{}, {"image_size": 80, "cell": 8, "detail": 2}],
     "fused": [
         {"members": [{"name": "patch", "image_size": 32}, {"name": "lite0", "stride": 8}], "grid": 4},
         {"members": [{"name": "conv"}, {"name": "timm", **TINY}, {"name": "blank"}]},
@@ -229,6 +230,8 @@ def test_learned_stems_learn(name: str) -> None:
     ("patch", {"image_size": 50}, r"encoder\.image_size: 50 .*use 48"),
     ("conv", {"image_size": 72}, r"encoder\.image_size: 72 .*use 64"),
     ("conv", {"width": 20}, r"encoder\.width: 20 .*use 16"),
+    ("colors", {"image_size": 72}, r"encoder\.image_size: 72 .*encoder\.cell=16; use 64"),
+    ("colors", {"detail": 5}, r"encoder\.detail: 5 does not divide encoder\.cell=16; use 4"),
     ("lite0", {"stride": 12}, r"encoder\.stride: 12 .*8, 16 or 32"),
     ("lite0", {"image_size": 72}, r"encoder\.image_size: 72 .*use 64"),
     ("timm", {"model": "vit_tinny_patch16_224"}, r"closest: vit_tiny_patch16_224, \S+, \S+$"),
@@ -534,3 +537,34 @@ def test_catalogue_imports_nothing_heavy() -> None:
     heads = [line for line in source.splitlines() if line.startswith(("import ", "from "))]
     allowed = ("from __future__", "from collections", "from typing", "from toolkit")
     assert heads and all(line.startswith(allowed) for line in heads)
+
+
+# --- colors -------------------------------------------------------------------------------------
+
+
+def test_colors_counts_pixels_and_places_cells() -> None:
+    """Left half of the first cell red, the rest of the picture white: shares, ink and place by hand."""
+    pixels = torch.ones(1, 3, 32, 32)
+    pixels[0, 1:, :16, :8] = 0.2
+    encoder = build("colors", {"image_size": 32, "detail": 2})
+    with torch.no_grad():
+        found = encoder(pixels).patches[0]
+    red, paper = 4, 7
+    colors = torch.zeros(4, 8)
+    colors[:, paper], colors[0, paper], colors[0, red] = 1.0, 0.5, 1.0
+    torch.testing.assert_close(found[:, :8], colors)
+    ink = torch.zeros(4, 4)
+    ink[0] = 0.5 * torch.tensor([0.8, 0.0, 0.8, 0.0])
+    torch.testing.assert_close(found[:, 8:12], ink)
+    places = torch.tensor([[1.0, 0, 1, 0], [1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 0, 1]])
+    torch.testing.assert_close(found[:, 12:], places)
+
+
+def test_a_cell_of_colors_sees_no_other() -> None:
+    encoder = build("colors", {})
+    pixels = torch.rand(1, 3, 64, 64)
+    other = pixels.clone()
+    other[:, :, :, 16:] = torch.rand(1, 3, 64, 48)
+    first, second = encoder(pixels).patches[0], encoder(other).patches[0]
+    same = (first == second).all(dim=1).view(4, 4)
+    assert same[:, 0].all() and not same[:, 1:].any()

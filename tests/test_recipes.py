@@ -15,6 +15,7 @@ from toolkit import recipes
 from toolkit.explain import BadRecipe
 from toolkit.layers import scales
 from toolkit.lines import line_of, load
+from toolkit.report_collect import row_parts
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted(
@@ -24,7 +25,9 @@ RECIPES = sorted(
 
 @pytest.mark.parametrize(("recipe", "scale"), list(itertools.product(RECIPES, scales())))
 def test_composes_at_every_scale(recipe: str, scale: str) -> None:
-    for config in composed(f"recipe={recipe}", f"scale={scale}"):
+    # One seed and one rate: those that a scale gives to tables only repeat the rest.
+    table = "MULTIRUN" in (ROOT / f"recipes/{recipe}.yaml").read_text()
+    for config in composed(f"recipe={recipe}", f"scale={scale}", *["seed=0", "stages.tune.lr=1e-4"] * table):
         assert config["stages"]["tune"]["train"] == ["proj", "rwkv"]
 
 
@@ -54,20 +57,22 @@ def test_no_value_equals_its_default(file: Path, tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(recipes, "folders", lambda: [tmp_path / "recipes"])
     scale = file.parent.name == "scale"
     name = file.stem if scale else file.relative_to(ROOT / "recipes").with_suffix("").as_posix()
-    word = f"{'scale' if scale else 'recipe'}={name}"
+    words = [f"{'scale' if scale else 'recipe'}={name}"]
+    if "MULTIRUN" in file.read_text():
+        words.append("seed=0")
     copy = tmp_path / ("conf/scale" if scale else "recipes") / f"{name}.yaml"
-    whole = composed(word)
+    whole = composed(*words)
     values = {
         k: v.plain() for k, v in load(file).value.items() if k not in ("defaults", "hydra", "title", "report")
     }
     for leaf in _leaves(values):
         _write_without(file, leaf, copy)
-        assert _or_refused(word) != whole, ".".join(leaf)
+        assert _or_refused(words) != whole, ".".join(leaf)
 
 
-def _or_refused(word: str) -> Any:
+def _or_refused(words: list[str]) -> Any:
     try:
-        return composed(word)
+        return composed(*words)
     except BadRecipe as error:
         return error
 
@@ -110,8 +115,8 @@ def test_a_child_beats_its_base_and_the_command_line_beats_both(
 def test_a_recipe_may_choose_its_scale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "s.yaml").write_text("# S.\ndefaults:\n  - override /scale: small\n")
     monkeypatch.setenv("TOOLKIT_RECIPES", str(tmp_path))
-    assert one("recipe=s")["model"]["d_model"] == 256
-    assert one("recipe=s", "scale=tiny")["model"]["d_model"] == 64
+    assert one("recipe=s")["data"]["grid"] == 5
+    assert one("recipe=s", "scale=tiny")["data"]["grid"] == 4
 
 
 @pytest.mark.parametrize(
@@ -124,8 +129,8 @@ def test_a_recipe_may_choose_its_scale(tmp_path: Path, monkeypatch: pytest.Monke
     ],
 )
 def test_a_table_is_its_row_recipes(table: str, key: str, expected: list[str]) -> None:
-    assert rows(f"recipe={table}", key=key) == expected
-    for config, row in zip(composed(f"recipe={table}"), expected, strict=True):
+    assert rows(f"recipe={table}", "seed=0", key=key) == expected
+    for config, row in zip(composed(f"recipe={table}", "seed=0"), expected, strict=True):
         alone = one(f"recipe={table}_{row}")
         for part in (config, alone):
             part.pop("title")
@@ -134,8 +139,9 @@ def test_a_table_is_its_row_recipes(table: str, key: str, expected: list[str]) -
 
 
 def test_seeds_multiply_a_table_and_the_command_line_narrows_it() -> None:
-    assert rows("recipe=ablation/scan", "seed=0,1", key="seed") == [0, 1, 0, 1, 0, 1]
-    assert rows("recipe=ablation/scan", "scan=uni", key="scan.name") == ["uni"]
+    assert rows("recipe=ablation/scan", "seed=4,7", "scan=uni,bi", key="scan.name") == ["uni", "bi"] * 2
+    assert rows("recipe=ablation/scan", "seed=4,7", "scan=uni,bi", key="seed") == [4, 4, 7, 7]
+    assert rows("recipe=ablation/scan", "scan=uni", "seed=3", key="scan.name") == ["uni"]
     assert rows("scan=uni,snake", "seed=range(0,2)", key="scan.name", multirun=True) == [
         "uni",
         "uni",
@@ -197,6 +203,50 @@ def test_a_stage_comes_by_recipe_and_goes_by_command_line(
     stages = one("recipe=n")["stages"]
     assert list(stages) == ["tune", "cool"] and stages["cool"]["steps"] == 5
     assert stages["cool"]["train"] == ["proj", "rwkv"]
+
+
+def test_a_table_takes_seeds_rates_and_data_from_its_scale() -> None:
+    """Two seeds on a CPU; five at each of two rates on a GPU; the paper's sizes as the paper ran them."""
+    for scale, seeds, rates, data in (
+        ("tiny", [0, 1], [1e-3], "scenes"),
+        ("small", [0, 1, 2, 3, 4], [5e-4, 1e-3], "scenes"),
+        ("paper_1b6", [0], [6e-5], "llava"),
+    ):
+        made = composed("recipe=ablation/scan", f"scale={scale}")
+        ran = {(c["scan"]["name"], c["seed"], c["stages"]["tune"]["lr"]) for c in made}
+        assert ran == set(itertools.product(["uni", "bi", "2d"], seeds, rates)), scale
+        assert len(made) == len(ran) and {c["data"]["name"] for c in made} == {data}
+    small = composed("recipe=ablation/scan", "scale=small")[0]
+    assert small["report"]["best"] == "stages.tune.lr" and small["eval"]["choose"] == "val"
+    assert one("recipe=quickstart")["data"]["name"] == one("recipe=blind")["data"]["name"] == "easy_vqa"
+    assert one("recipe=quickstart", "scale=tiny")["data"]["name"] == "scenes"
+
+
+@pytest.mark.parametrize(
+    ("table", "arms"),
+    [
+        ("tokens", [(-1,), (4,), (1,)]),
+        ("prompt_tokens", itertools.product(["prefix", "suffix", "sandwich"], [-1, 4])),
+        ("scan_tokens", itertools.product(["uni", "bi", "2d"], [-1, 4])),
+        ("prompt_scan", itertools.product(["prefix", "suffix", "sandwich"], ["uni", "bi", "2d"])),
+        ("scan_orders", [(s,) for s in ("uni", "2d", "spiral", "snake", "zigzag", "hilbert")]),
+    ],
+)
+def test_tables_the_paper_never_ran(table: str, arms: Any) -> None:
+    made = composed(f"recipe=ablation/{table}", "seed=2")
+    keys = made[0]["report"]["rows"]
+    assert [row_parts(config, keys) for config in made] == [tuple(map(str, arm)) for arm in arms]
+    published = made[0]["report"]["published"]
+    assert set(published) <= {", ".join(row_parts(config, keys)) for config in made}
+
+
+def test_a_scales_values_go_with_the_component_it_chose() -> None:
+    """Another data set or encoder takes nothing over, and may be given values of its own."""
+    other = one("recipe=ablation/scan_2d", "scale=small", "data=easy_vqa", "data.limit=7", "encoder=lite0")
+    assert other["data"] == {"name": "easy_vqa", "limit": 7, "short_answer": False}
+    assert other["encoder"]["stride"] == 16 and other["model"]["n_layer"] == 4
+    same = one("recipe=ablation/scan_2d", "scale=small", "data=scenes", "data.seed=1")
+    assert (same["data"]["grid"], same["data"]["seed"]) == (5, 1)
 
 
 def test_the_root_file_holds_no_values() -> None:

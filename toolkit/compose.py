@@ -70,6 +70,7 @@ def understand(arguments: Sequence[str], *, multirun: bool = False) -> Request:
     hydra = [g for g in given if g.override.is_hydra_override()]
     _check_hydra(hydra)
     plan = resolve([g for g in own if not g.override.is_sweep_override()])
+    recipes.CHOSEN.set({kind: choice.option for kind, choice in plan.choices.items()})
     asked = next((str(g.override.value()) for g in hydra if g.key == "hydra.mode"), None)
     table = [str(m.value) for m in plan.values("hydra", "mode")][-1:]
     sweeping = multirun or (asked or (table[0] if table else "RUN")).upper() == "MULTIRUN"
@@ -196,6 +197,7 @@ def _job(row: tuple[Given, ...], asked: str) -> Job:
 
 def compose(job: Job, *, complete: bool = True) -> dict[str, Any]:
     """The resolved config of one job as plain values. complete: also where the data lies."""
+    recipes.CHOSEN.set({kind: choice.option for kind, choice in job.plan.choices.items()})
     with mounted() as hydra:
         try:
             cfg = hydra.compose_config(

@@ -56,7 +56,8 @@ class Corpus:
 
     def _texts(self) -> Iterable[str]:
         used = [(s.split, self.prompts[name]) for name, s in self.conf.stages.items()]
-        for split, prompt in [*used, (self.conf.eval.split, self.prompt)]:
+        asked = [split for key, split in wanted(self.conf) if key.startswith("eval.")]
+        for split, prompt in [*used, *((split, self.prompt) for split in asked)]:
             for example in readable(self.readers[split], policy=self.policy(split)):
                 yield from (s.text for s in prompt(example.turns) if isinstance(s, Text))
 
@@ -136,6 +137,7 @@ def wanted(conf: RunConf) -> list[tuple[str, str]]:
     return [
         *((f"stages.{n}.split", s.split) for n, s in conf.stages.items()),
         ("eval.split", conf.eval.split),
+        *([("eval.choose", conf.eval.choose)] if conf.eval.choose else []),
     ]
 
 

@@ -132,9 +132,17 @@ def resolve(given: Sequence[Given]) -> Plan:
     if problems:
         raise BadRecipe(problems)
     _refuse_empty(recipe.option, chain[-1])
-    layers = [Layer(source.values) for source in [*sources, *chain]]
+    layers = [Layer(_suited(source, choices)) for source in sources]
+    layers += [Layer(source.values) for source in chain]
     layers += [_layer(g) for g in given if g.key not in GROUPS and not g.override.is_delete()]
     return Plan(recipe.option, choices, layers, [g for g in given if g.override.is_delete()])
+
+
+def _suited(scale: _Source, choices: Mapping[str, Choice]) -> Marked:
+    """A scale's values without those of components that a recipe or the command line replaced."""
+    own = {kind: choice.option for kind, choice in scale.choices.items()}
+    chosen = {kind: choice.option for kind, choice in choices.items()}
+    return Marked(recipes.suited(scale.values.value, own, chosen), scale.values.place)
 
 
 def _layer(given: Given) -> Layer:

@@ -1,11 +1,13 @@
-"""Finds recipes and mounts their folders as Hydra's group `recipe`: a path is a name on the command line."""
+"""Finds recipes and scales and mounts them as Hydra's groups: a path is a name on the command line."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.object_type import ObjectType
@@ -19,6 +21,18 @@ from toolkit.explain import closest, fail
 _HERE = Path(__file__).resolve().parent
 CONF = _HERE / "conf"
 SCALES = CONF / "scale"
+
+CHOSEN: ContextVar[Mapping[str, str]] = ContextVar("CHOSEN", default={})  # noqa: B039
+"""Kind -> component of the run that is being composed."""
+
+
+def suited(values: Mapping[str, Any], own: Mapping[str, str], chosen: Mapping[str, str]) -> dict[str, Any]:
+    """The values of a scale without those of components that it chose and that something else replaced.
+
+    A scale's grid of 5 x 5 is one of its own data set; `data=easy_vqa` drops it with that data set.
+    """
+    gone = {kind for kind, option in own.items() if chosen.get(kind, option) != option}
+    return {key: value for key, value in values.items() if key not in gone}
 
 
 def folders() -> list[Path]:
@@ -75,6 +89,8 @@ def header(path: Path) -> list[str]:
 class RecipeSource(ConfigSource):
     """`recipes://FOLDER`: FOLDER/a/b.yaml is option `a/b` of group `recipe`, package `_global_`."""
 
+    group = "recipe"
+
     @staticmethod
     def scheme() -> str:
         return "recipes"
@@ -82,7 +98,7 @@ class RecipeSource(ConfigSource):
     def _place(self, config_path: str) -> Path | None:
         """The path under the folder that a config path names, None outside the group."""
         head, _, rest = config_path.strip("/").partition("/")
-        return Path(self.path) / rest if head == "recipe" else None
+        return Path(self.path) / rest if head == self.group else None
 
     def _file(self, config_path: str) -> Path | None:
         return self._place(self._normalize_file_name(config_path))
@@ -90,7 +106,7 @@ class RecipeSource(ConfigSource):
     def load_config(self, config_path: str) -> ConfigResult:
         file = self._file(config_path)
         if file is None or not file.is_file():
-            raise ConfigLoadError(f"no recipe {config_path!r} in {self.path}")
+            raise ConfigLoadError(f"no {self.group} {config_path!r} in {self.path}")
         return ConfigResult(
             provider=self.provider,
             path=self.full_path(),
@@ -111,7 +127,7 @@ class RecipeSource(ConfigSource):
 
     def list(self, config_path: str, results_filter: ObjectType | None) -> list[str]:
         if config_path == "":
-            return ["recipe"] if results_filter in (None, ObjectType.GROUP) else []
+            return [self.group] if results_filter in (None, ObjectType.GROUP) else []
         return sorted(set(self._children(config_path, results_filter)))
 
     def _children(self, config_path: str, results_filter: ObjectType | None) -> Iterator[str]:
@@ -123,10 +139,29 @@ class RecipeSource(ConfigSource):
                 yield child.stem
 
 
+class ScaleSource(RecipeSource):
+    """`scales://FOLDER`: the group `scale`, each file without values that do not suit CHOSEN."""
+
+    group = "scale"
+
+    @staticmethod
+    def scheme() -> str:
+        return "scales"
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        found = super().load_config(config_path)
+        values: Any = OmegaConf.to_container(found.config)
+        entries = [entry for entry in values.get("defaults", ()) if isinstance(entry, dict)]
+        own = {key.rpartition("/")[2]: str(option) for entry in entries for key, option in entry.items()}
+        found.config = OmegaConf.create(suited(values, own, CHOSEN.get()))
+        return found
+
+
 class RecipePath(SearchPathPlugin):
-    """Puts every recipe folder on Hydra's search path."""
+    """Puts our scales and every recipe folder on Hydra's search path."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        search_path.prepend("scales", f"{ScaleSource.scheme()}://{SCALES}")
         for folder in folders():
             search_path.append("recipes", f"{RecipeSource.scheme()}://{folder}")
 
@@ -134,5 +169,5 @@ class RecipePath(SearchPathPlugin):
 @cache
 def mount() -> None:
     """Makes Hydra know recipe folders; once per process."""
-    for plugin in (RecipeSource, RecipePath):
+    for plugin in (RecipeSource, ScaleSource, RecipePath):
         Plugins.instance().register(plugin)

@@ -58,13 +58,13 @@ def _value(cfg: Mapping[str, Any], key: str) -> Any:
 
 
 def _best(rows: list[Row]) -> list[Row]:
-    """Of rows with one name the one with the best mean accuracy; what others miss is still missing."""
+    """Of rows with one name the one with the best `Row.choosing`; what others miss is still missing."""
     groups: dict[str, list[Row]] = {}
     for row in rows:
         groups.setdefault(row.name, []).append(row)
     kept = []
     for same in groups.values():
-        best = max(same, key=lambda row: row.mean(ALL) or 0.0)
+        best = max(same, key=lambda row: row.choosing() or 0.0)
         best.missing = [command for row in same for command in row.missing]
         kept.append(best)
     return kept

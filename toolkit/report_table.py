@@ -93,6 +93,11 @@ class Row:
         values = list(self.final(kind).values())
         return statistics.fmean(values) if values else None
 
+    def choosing(self) -> float | None:
+        """Mean accuracy on the split that settings are chosen by, or on the reported one without such."""
+        known = [run.result["choose"]["accuracy"] for run in self.runs if "choose" in run.result]
+        return statistics.fmean(known) if known and len(known) == len(self.runs) else self.mean(ALL)
+
     def spread(self, kind: str) -> float | None:
         return spread(list(self.final(kind).values()))
 
@@ -155,6 +160,12 @@ class Table:
     @property
     def seeds(self) -> list[int]:
         return sorted({run.seed for run in self.runs})
+
+    @property
+    def chosen_on(self) -> str:
+        """The split that settings were chosen by; empty if that was the reported one."""
+        splits = {run.result.get("choose", {}).get("split", "") for run in self.runs}
+        return splits.pop() if len(splits) == 1 else ""
 
     @property
     def curves(self) -> bool:

@@ -100,9 +100,9 @@ def notes(table: Table) -> list[str]:
         "Parameters are those of the part that reads the sequence; encoder and budget are the recipe's."
     )
     if table.best:
+        where = f"the split {table.chosen_on}, not here" if table.chosen_on else "these questions"
         told.append(
-            f"Each row keeps the {table.best} with its best mean accuracy on these questions, "
-            "of one grid for all rows."
+            f"Each row keeps the {table.best} with its best mean accuracy on {where}; one grid for all."
         )
     commits = {r.result["commit"] for r in table.runs}
     if len(commits) > 1:

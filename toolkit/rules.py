@@ -225,3 +225,5 @@ def _splits(cfg: Config) -> Iterator[tuple[str, str]]:
     for name, stage in cfg["stages"].items():
         yield f"stages.{name}.split", stage["split"]
     yield "eval.split", cfg["eval"]["split"]
+    if cfg["eval"]["choose"]:
+        yield "eval.choose", cfg["eval"]["choose"]

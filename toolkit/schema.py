@@ -74,6 +74,7 @@ class EvalConf:
     """Evaluation by greedy generation and exact match."""
 
     split: str = "test"
+    choose: str = ""  # split that `report.best` chooses by, scored at the end as well; empty: by `split`
     batch: Positive = 256
     max_new_tokens: Positive = 8
     limit: Count = 0  # examples to score, 0: all

