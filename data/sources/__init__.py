@@ -87,7 +87,7 @@ def remote(
 ) -> dict[str, Path]:
     """Folders of shards behind URLs (https://, s3://, gs://, az://), one per split; read by byte range.
 
-    Manifest and indexes are fetched at once, what else is needed when it is: in blocks of block_kb KiB, into a
+    Manifest and indexes are fetched at once, all else when it is needed: in blocks of block_kb KiB, into a
     cache of at most cache_mb MiB that all processes of a machine share. retries: after a failed read, with
     growing waits. anonymous: without credentials, which else come from the environment. endpoint: URL of
     an S3-compatible store. Raises ValueError for another scheme and for what cannot be read.

@@ -302,3 +302,14 @@ def test_store_options_reach_the_store(monkeypatch):
 def test_a_cache_of_few_blocks_is_refused():
     with pytest.raises(ValueError, match=r"cache_mb=1 holds less than 16 blocks of block_kb=1024"):
         Origin("http://host/data", "cache", cache_mb=1)
+
+
+def test_the_data_source_opens_urls(good, server, tmp_path):
+    from toolkit import register
+
+    register.discover()
+    node = {"name": "remote", "train": server.url, "cache_mb": 16, "block_kb": 4}
+    folders = register.bind("data", node)(tmp_path)
+    assert list(folders) == ["train"]
+    assert everything(ShardReader(folders["train"])) == everything(ShardReader(good))
+    assert (tmp_path / "blocks" / folders["train"].name).is_dir()
