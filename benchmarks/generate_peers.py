@@ -69,10 +69,10 @@ def built() -> str:
     if _build is None:
         return "no nvcc to build its kernels"
     try:
-        output, _ = _build.communicate(timeout=120)
+        output, _ = _build.communicate(timeout=90)
     except subprocess.TimeoutExpired:
         _build.kill()
-        return "its kernels were not built within 120 s"
+        return "its kernels were not built within 90 s"
     if _build.returncode:
         last = [line for line in (output or "").splitlines() if line.strip()][-1:]
         return f"its kernels did not build: {(last or [''])[0][:120]}"
