@@ -64,7 +64,8 @@ class Examples(Dataset[Sample]):
     prompt: turns -> segments. n_image: positions an image takes. ctx_len: longest sequence, image
     included. transform: PIL image -> pixels of one sample; features: a cache that replaces it;
     with neither, only texts are read. answer=False leaves the last gpt turn out of the sequence and
-    returns it as `gold`. keep_mb: transformed pictures are kept in memory up to this size.
+    returns it as `gold`. keep_mb: transformed pictures are kept in memory up to this size. draft: see
+    data.images.decode.
 
     overlong: what happens to a sample longer than ctx_len. "refuse": ValueError. "cut": the first
     ctx_len positions if they hold a label; otherwise the sample keeps its slot with weight 0 and is
@@ -84,6 +85,7 @@ class Examples(Dataset[Sample]):
         features: FeatureTable | None = None,
         answer: bool = True,
         keep_mb: int = 256,
+        draft: int = 0,
     ) -> None:
         if transform is not None and features is not None:
             raise ValueError("Examples take a transform or cached features, not both")
@@ -92,6 +94,7 @@ class Examples(Dataset[Sample]):
         self.reader, self.features, self.answer = reader, features, answer
         self.n_image, self.ctx_len = n_image, ctx_len
         self._prompt, self._tokenizer, self._overlong = prompt, tokenizer, overlong
+        self._draft = draft
         self._transform, self._keep_bytes = transform, keep_mb << 20
         self._texts: dict[tuple[Turn, ...], _Encoded] = {}
         self._pictures: dict[int, Any] = {}
@@ -204,7 +207,7 @@ class Examples(Dataset[Sample]):
         found = self._pictures.get(example.record)
         if found is None:
             data = self.reader.image_bytes(example.record)
-            found = self._transform(decode(data or b"", example.key))
+            found = self._transform(decode(data or b"", example.key, draft=self._draft))
             worker = get_worker_info()
             # Every loader worker keeps pictures of its own, so they share the limit.
             if self._kept_bytes < self._keep_bytes // (1 if worker is None else worker.num_workers):

@@ -42,20 +42,21 @@ def write_features(
     facts: Mapping[str, Any],
     batch: int = 64,
     shard_bytes: int = 256 << 20,
+    draft: int = 0,
     progress: Progress | None = None,
 ) -> Path:
     """Writes a folder of shards with the features of `reader`'s pictures; returns it.
 
     encode: stacked pixels -> features (pooled already if they are to be stored pooled), called without
-    gradients. facts: what `about.features` says of them. A folder that is there already is kept. Raises
-    DamagedSample and BadPicture for pictures that cannot be read.
+    gradients. facts: what `about.features` says of them. draft: see data.images.decode. A folder
+    that is there already is kept. Raises DamagedSample and BadPicture for pictures that cannot be read.
     """
     about = {"source": "features", "features": dict(facts)}
 
     def records() -> Iterator[Pictured]:
         for start in range(0, len(reader), batch):
             numbers = range(start, min(start + batch, len(reader)))
-            yield from _encoded(reader, numbers, encode, transform)
+            yield from _encoded(reader, numbers, encode, transform, draft)
             if progress is not None:
                 progress(numbers[-1] + 1, len(reader))
 
@@ -74,9 +75,12 @@ def _encoded(
     numbers: Sequence[int],
     encode: Callable[[Any], ImageFeatures],
     transform: Callable[[Image], Any],
+    draft: int,
 ) -> Iterator[Pictured]:
     """These records with features in place of their pictures."""
-    pixels = [transform(decode(data, reader.key(i))) for i in numbers for _, data in reader.images(i)]
+    pixels = [
+        transform(decode(data, reader.key(i), draft=draft)) for i in numbers for _, data in reader.images(i)
+    ]
     made: Iterator[bytes] = iter(())
     if pixels:
         with torch.no_grad():

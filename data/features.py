@@ -86,6 +86,7 @@ def build_features(
     dtype: torch.dtype = torch.float32,
     batch: int = 64,
     tolerant: bool = False,
+    draft: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> FeatureTable:
     """The features of every picture: each is decoded, transformed and encoded once.
@@ -95,7 +96,8 @@ def build_features(
     where="disk" keeps the table as safetensors in `folder`, named by data, encoder and dtype, uses
     it again next time, and maps it instead of loading it; a second process waits for the first.
     tolerant: a picture that cannot be read gets NaN, which `FeatureTable.fetch` refuses; otherwise it raises
-    DamagedSample or BadPicture. progress is called with (pictures done, pictures in all).
+    DamagedSample or BadPicture. draft: see data.images.decode. progress is called with (pictures
+    done, pictures in all).
     """
     if where not in ("memory", "disk"):
         raise ValueError(f"features can be kept in 'memory' or on 'disk', not {where!r}")
@@ -104,13 +106,13 @@ def build_features(
     records, rows = _pictured(reader)
     if not records:
         raise ValueError(f"{reader.folder} holds no pictures, so there are no features to keep")
-    read = partial(_readable if tolerant else _picture, reader)
+    read = partial(_readable if tolerant else _picture, reader, draft)
     batches = _encoded(read, records, encode, transform, dtype, batch, progress)
     if where == "memory":
         return _fill_memory(batches, len(records), rows)
     # NaN must not reach who does not look for it: another name.
-    name = _table_id(reader, f"{encoder_id}:tolerant" if tolerant else encoder_id, dtype)
-    file = folder / f"features-{name}.safetensors"
+    identity = encoder_id + (":tolerant" if tolerant else "") + (f":draft{draft}" if draft else "")
+    file = folder / f"features-{_table_id(reader, identity, dtype)}.safetensors"
     with locked(folder / f".{file.name}.lock", f"computing {file}"):
         if not file.exists():
             _remove_parts(file)
@@ -130,14 +132,14 @@ def _pictured(reader: ShardReader) -> tuple[list[int], Tensor]:
     return records, rows
 
 
-def _picture(reader: ShardReader, i: int) -> Image | None:
-    return decode(reader.image_bytes(i) or b"", reader.key(i))
+def _picture(reader: ShardReader, draft: int, i: int) -> Image | None:
+    return decode(reader.image_bytes(i) or b"", reader.key(i), draft=draft)
 
 
-def _readable(reader: ShardReader, i: int) -> Image | None:
+def _readable(reader: ShardReader, draft: int, i: int) -> Image | None:
     """The picture of record i, None if it cannot be read."""
     try:
-        return _picture(reader, i)
+        return _picture(reader, draft, i)
     except (DamagedSample, BadPicture) as error:
         log.warning("no features for a damaged picture: %s", error)
         return None

@@ -42,15 +42,20 @@ def header(data: bytes, where: str) -> tuple[int, int]:
     return _open(data, where).size
 
 
-def decode(data: bytes, where: str) -> Picture:
+def decode(data: bytes, where: str, *, draft: int = 0) -> Picture:
     """A picture in RGB. Transparency and EXIF rotation are ignored, as in the original code.
 
+    draft: a JPEG may be decoded at a half, a quarter or an eighth of its size, as long as both sides keep
+    this many pixels; 0 decodes all of it. Measured from 1280 x 960 to 336: 2.2 times as fast, pixels differ
+    by 0.4 of 255 on average, 5 at most.
     Raises BadPicture naming `where` as `header` does, and for truncated or damaged pixel data.
     """
     picture = _open(data, where)
     # Paper: its code sets this flag, so a cut JPEG trains as grey pixels under its true caption.
     ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
+        if draft:
+            picture.draft("RGB", (draft, draft))
         picture.load()
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     except Exception as error:  # the decoders raise many kinds of error on damaged bytes

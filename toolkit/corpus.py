@@ -87,6 +87,7 @@ class Corpus:
                 folder=self.cache / "features",
                 encoder_id=identity,
                 tolerant=self.policy(split) == "tolerant",
+                draft=self.conf.features.draft,
                 progress=Ticker(f"features {split}", len(reader)),
             )
             for split, reader in self.readers.items()

@@ -71,7 +71,8 @@ def convert(config: Mapping[str, Any], out: Path, *, pool: bool = True, batch: i
         with on_meta():
             grid = register.bind("projector", conf.projector)(encoder.d_out, 8, encoder.grid).grid
     sizes = {"grid": list(grid), "n_extra": encoder.n_extra, "width": encoder.d_out}
-    facts = {**identity(encoder, conf.encoder), **sizes}
+    draft = conf.features.draft
+    facts = {**identity(encoder, conf.encoder), **sizes, "draft": draft}
     encode = _encode(encoder, grid, device_of(conf.hardware))
     made = {}
     for split, folder in register.bind("data", conf.data)(cache_folder(conf)).items():
@@ -83,6 +84,7 @@ def convert(config: Mapping[str, Any], out: Path, *, pool: bool = True, batch: i
                 encoder.transform(),
                 facts=facts,
                 batch=batch,
+                draft=draft,
                 progress=bar,
             )
         print(

@@ -67,6 +67,7 @@ class FeatureConf:
 
     cache: Annotated[str, Choices("auto", "memory", "disk", "off")] = "auto"
     limit_mb: Positive = 4096  # auto keeps features on disk up to this size, else computes them in each step
+    draft: Count = 0  # JPEGs may be decoded smaller while both sides keep this many pixels; 0: whole
 
 
 @dataclass

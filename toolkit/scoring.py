@@ -43,6 +43,7 @@ def examples(
         overlong="cut" if conf.model.overlong == "cut" else "refuse",
         transform=None if features else model.encoder.transform(),
         features=features.get(split),
+        draft=conf.features.draft,
         answer=answer,
     )
 

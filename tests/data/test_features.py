@@ -11,12 +11,13 @@ import torch
 from data.batch import collate
 from data.dataset import Examples
 from data.features import build_features, estimate_bytes
-from data.images import decode
+from data.images import BadPicture, decode
 from data.loader import eval_loader
 from data.reader import ShardReader
+from data.shards import write_shards
 from toolkit.contracts import NO_IMAGE, ImageFeatures
 
-from .helpers import Letters, mean_color, plain_prompt, shard_folder
+from .helpers import Letters, conversation, mean_color, picture, plain_prompt, shard_folder
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +135,39 @@ def test_batches_carry_the_features_of_their_pictures(reader, tmp_path, workers)
         assert torch.equal(batch.features.patches, table.gather(records).patches)
     only_text = [s for s in (examples[j] for j in range(9)) if s.image_start == NO_IMAGE]
     assert collate(only_text, features=table).features is None
+
+
+def test_drafts_and_tolerance_have_caches_of_their_own(tmp_path):
+    meta = {"conversations": conversation("q", "a")}
+    large = picture(1, kind="JPEG", size=(64, 64))
+    whole = ShardReader(write_shards([(meta, large)], tmp_path / "s", about={}))
+    sizes = []
+
+    def seen(image):
+        sizes.append(image.size)
+        return mean_color(image)
+
+    for options in ({}, {"draft": 16}, {"tolerant": True}, {"draft": 16}):
+        build_features(whole, Encode(), seen, where="disk", folder=tmp_path, encoder_id="e", **options)
+    assert sizes == [(64, 64), (16, 16), (64, 64)]
+    assert len(list(tmp_path.glob("features-*"))) == 3
+    examples = Examples(
+        whole, transform=seen, prompt=plain_prompt, tokenizer=Letters(), n_image=4, ctx_len=64, draft=32
+    )
+    assert examples[0].pixels is not None and sizes[-1] == (32, 32)
+
+
+@pytest.mark.parametrize("where", ["memory", "disk"])
+def test_a_damaged_picture_stops_or_is_marked(tmp_path, where):
+    meta = {"conversations": conversation("q", "a")}
+    cut = picture(1, kind="JPEG", size=(64, 64))[:600]
+    made = ShardReader(write_shards([(meta, p) for p in (picture(0), cut)], tmp_path / "s", about={}))
+    with pytest.raises(BadPicture, match="00000001: the picture"):
+        build(made, tmp_path, Encode(), where=where)
+    table = build(made, tmp_path, Encode(), where=where, tolerant=True)
+    table.fetch(0)
+    with pytest.raises(BadPicture, match="could not be read when its features were computed"):
+        table.fetch(1)
 
 
 def test_wrong_choices_are_refused(reader, tmp_path):

@@ -21,6 +21,27 @@ def test_formats_by_their_first_bytes(kind, ending):
     assert (decoded.mode, decoded.size) == ("RGB", (8, 6))
 
 
+@pytest.mark.parametrize(
+    ("kind", "draft", "size"),
+    [("JPEG", 0, (64, 48)), ("JPEG", 48, (64, 48)), ("JPEG", 24, (32, 24)), ("JPEG", 12, (16, 12)),
+     ("JPEG", 1, (8, 6)), ("PNG", 12, (64, 48)), ("WEBP", 12, (64, 48))],
+)  # fmt: skip
+def test_drafts_are_smaller_and_never_smaller_than_asked(kind, draft, size):
+    out = BytesIO()
+    Image.linear_gradient("L").resize((64, 48)).convert("RGB").save(out, kind, quality=95)
+    picture = decode(out.getvalue(), "x", draft=draft)
+    assert (picture.size, picture.mode) == (size, "RGB")
+    whole = decode(out.getvalue(), "x").resize((8, 6), Image.Resampling.BOX)
+    near = picture.resize((8, 6), Image.Resampling.BOX)
+    assert max(abs(a - b) for a, b in zip(whole.tobytes(), near.tobytes(), strict=True)) <= 3
+
+
+def test_a_cut_jpeg_is_no_draft_either():
+    data = picture(1, kind="JPEG", size=(200, 200))
+    with pytest.raises(ValueError, match=r"^key 7: the picture cannot be decoded"):
+        decode(data[: len(data) // 2], "key 7", draft=25)
+
+
 def test_png_pixels_are_exact():
     data = picture(5)
     assert decode(data, "x").tobytes() == bytes((5 * 37 + i * 11) % 256 for i in range(8 * 6 * 3))
