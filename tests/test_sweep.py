@@ -236,3 +236,32 @@ def test_lines_arrive_whole(monkeypatch: pytest.MonkeyPatch) -> None:
         lines, ended = worker.lines(worker.output)
         seen += lines
     assert seen == ["one", "two"] and worker.end() == "exit code 0"
+
+
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_single_run_that_is_stopped_says_so(tmp_path: Path, sent: signal.Signals, code: int) -> None:
+    """While it trains, where the Trainer would turn Ctrl-C into exit code 1."""
+    pytest.importorskip("easy_vqa", reason="easy-VQA comes with the demo extra")
+    words = [
+        *TINY,
+        "stages.tune.steps=100000",
+        "log.tensorboard=false",
+        "paths.runs=runs",
+        "paths.cache=cache",
+    ]
+    single = subprocess.Popen(
+        [sys.executable, "-m", "toolkit.run", *words],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("runs/*/metrics.csv")):
+        assert time.monotonic() < until and single.poll() is None, single.communicate()
+        time.sleep(0.1)
+    single.send_signal(sent)
+    _, error = single.communicate(timeout=60)
+    assert single.returncode == code, error[-2000:]
+    (status,) = tmp_path.glob("runs/*/status.json")
+    assert json.loads(status.read_text())["state"] == "stopped"
