@@ -157,11 +157,12 @@ class Counted:
                 trained += planned > 0 and weight > 0
                 if planned > 0 and not weight > 0:
                     missing.add(item)
-            yield batch
             step, within = divmod(number, sampler.per_step)
             if not within and (self._first + step) % self._plan.steps_per_epoch == 0:
                 self._check((self._first + step) // self._plan.steps_per_epoch, trained, missing)
                 trained, missing = 0, set()
+            # After the check: who knows the length never asks for more than the last batch.
+            yield batch
 
     def _check(self, epoch: int, trained: int, missing: set[int]) -> None:
         lost = sorted(missing - set(reported(self._report)))

