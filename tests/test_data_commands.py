@@ -96,6 +96,8 @@ def test_rejects_are_listed_with_reasons_and_exit_code_3(source, capsys):
     assert convert(source, "s", "--allow-rejects", "1") == 3
     assert convert(source, "s", "--allow-rejects", "2") == 0
     assert "4 samples" in capsys.readouterr().out
+    assert convert(source, "s", "--allow-rejects", "1") == 3
+    assert "left out when it was converted" in capsys.readouterr().out
     rows = [json.loads(line) for line in (source / "s.rejects.jsonl").read_text().splitlines()]
     assert [row["id"] for row in rows] == ["several", "list"]
 

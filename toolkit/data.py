@@ -109,21 +109,25 @@ def _convert(words: list[str]) -> int:
         print(f"{len(error.rejects):,} records are unusable, listed in {error.file}; nothing was written.")
         print(f"repair them, or leave them out with --allow-rejects {len(error.rejects)}")
         return EXIT_FAULTS
-    _told(args.out, "" if fresh else " (converted before)")
+    left_out = _told(args.out, "" if fresh else " (converted before)")
+    if left_out > args.allow_rejects:
+        print(f"records were left out when it was converted; that is allowed with --allow-rejects {left_out}")
+        return EXIT_FAULTS
     return 0
 
 
-def _told(folder: Path, note: str = "") -> None:
-    """The line that sums up a folder of shards."""
+def _told(folder: Path, note: str = "") -> int:
+    """Prints what a folder of shards holds; returns how many samples were left out of it."""
     from data.index import manifest_hash, read_manifest
 
     manifest = read_manifest(folder)
-    totals, left_out = manifest["totals"], manifest["about"].get("rejects", 0)
+    totals, left_out = manifest["totals"], int(manifest["about"].get("rejects", 0))
     print(
         f"{folder}: {totals['nsamples']:,} samples, {totals['images']:,} pictures in {totals['shards']:,} "
         f"shards, {totals['filesize'] / 1e6:,.1f} MB, {left_out:,} left out{note}"
     )
     print(f"manifest hash {manifest_hash(manifest)}")
+    return left_out
 
 
 def _tars(given: Sequence[str]) -> list[Path]:
