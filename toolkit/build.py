@@ -16,10 +16,18 @@ from toolkit.trunk import LanguageModel
 from toolkit.weights import DOWNLOADS
 
 
-def build_model(conf: RunConf, *, vocab_size: int, device: torch.device | None = None) -> VisualRWKV:
+def build_model(
+    conf: RunConf,
+    *,
+    vocab_size: int,
+    device: torch.device | None = None,
+    lm_dtype: torch.dtype | str | None = "default",
+) -> VisualRWKV:
     """Builds the model that `conf` describes, on torch's default device.
 
     device: where weights that the recipe names go straight from their file; None is the default device.
+    lm_dtype: of the language model's weights if they come from a file, None for the file's own, "default"
+    for torch's default type.
     Parts whose weights the recipe names (`lm.weights`, `proj.weights`) are filled from them, except on the
     meta device. What really interacts is said here, as ValueErrors that name both recipe keys.
     """
@@ -33,7 +41,7 @@ def build_model(conf: RunConf, *, vocab_size: int, device: torch.device | None =
         fill_part(
             projector, conf.proj.weights, prefix="proj.", key="proj.weights", download=DOWNLOADS["proj"]
         )
-    rwkv = _language_model(conf, vocab_size, device)
+    rwkv = _language_model(conf, vocab_size, device, lm_dtype)
     model = VisualRWKV(encoder, projector, rwkv, table=table)
     if model.n_image >= conf.model.ctx_len:
         raise ValueError(
@@ -45,7 +53,9 @@ def build_model(conf: RunConf, *, vocab_size: int, device: torch.device | None =
     return model
 
 
-def _language_model(conf: RunConf, vocab_size: int, device: torch.device | None) -> LanguageModel:
+def _language_model(
+    conf: RunConf, vocab_size: int, device: torch.device | None, dtype: torch.dtype | str | None
+) -> LanguageModel:
     """From scratch, or without memory and then filled from `lm.weights`."""
     pretrained = bool(conf.lm.weights) and not _on_meta()
     with torch.device("meta") if pretrained else contextlib.nullcontext():
@@ -55,7 +65,13 @@ def _language_model(conf: RunConf, vocab_size: int, device: torch.device | None)
         )
     if pretrained:
         fill_part(
-            rwkv, conf.lm.weights, prefix="rwkv.", key="lm.weights", download=DOWNLOADS["lm"], device=device
+            rwkv,
+            conf.lm.weights,
+            prefix="rwkv.",
+            key="lm.weights",
+            download=DOWNLOADS["lm"],
+            device=device,
+            dtype=dtype,
         )
     return rwkv
 

@@ -50,7 +50,7 @@ class Desk:
         return {
             "name": model.name,
             "device": str(model.device),
-            "precision": "bf16" if model.bf16 else str(model.rwkv.emb.weight.dtype).removeprefix("torch."),
+            "precision": model.precision,
             "parameters": sum(p.numel() for p in (model.vision or model.rwkv).parameters()),
             "scan": None if model.vision is None else scan_facts(model),
             "layout": model.layout,

@@ -144,12 +144,17 @@ def converted(folder: Path, device: torch.device, precision: str, trained: Train
         raise ValueError(
             f"{folder}: a language model without vision parts has no scan, no layout and no class token"
         )
-    dtype = None if device.type == "cuda" and not precision else torch.float32
-    dtype = torch.bfloat16 if precision == "bf16" else dtype
-    rwkv, sizes = load_language_model(str(folder), dtype=dtype, device=device)
+    rwkv, sizes = load_language_model(str(folder), dtype=_weight_type(precision, device), device=device)
     rwkv.requires_grad_(False)
     # All layouts ask text alone alike.
     return Answerer(rwkv, _tokenizer(sizes), _bound("prompt", "prefix"), None, f"model {folder.name}")
+
+
+def _weight_type(precision: str, device: torch.device) -> torch.dtype | None:
+    """Type of a converted language model's weights; None is the file's own, which GPUs compute in."""
+    if precision == "bf16":
+        return torch.bfloat16
+    return None if device.type == "cuda" and not precision else torch.float32
 
 
 def known_training(folder: Path, parts: Mapping[str, Any], said: Trained) -> Trained:
@@ -178,7 +183,7 @@ def known_training(folder: Path, parts: Mapping[str, Any], said: Trained) -> Tra
 def _visual(
     folder: Path, parts: Mapping[str, Any], device: torch.device, precision: str, trained: Trained
 ) -> Answerer:
-    """VisualRWKV with its CLIP tower."""
+    """VisualRWKV with its CLIP tower, which stays float32: it is small, and runs once per picture."""
     sizes, weights = parts["rwkv"], PartConf(str(folder))
     # Paper: v5.x and v6.0 differ in what their sandwich repeats.
     form = {"form": "v5"} if trained.layout == "sandwich" and sizes["version"] != "6" else {}
@@ -194,7 +199,8 @@ def _visual(
     )
     for kind in ("scan", "prompt"):
         _bound(kind, getattr(conf, kind)["name"])
-    model = build_model(conf, vocab_size=sizes["vocab_size"], device=device).to(device)
+    weight_type = _weight_type(precision, device)
+    model = build_model(conf, vocab_size=sizes["vocab_size"], device=device, lm_dtype=weight_type).to(device)
     model.extra_first = trained.class_token == "first"
     model.eval().requires_grad_(False)
     prompt = register.bind("prompt", conf.prompt)
@@ -206,7 +212,6 @@ def _visual(
         prompt,
         model,
         name,
-        precision == "bf16",
         scan=trained.scan,
         layout=trained.layout,
     )

@@ -77,15 +77,20 @@ def fill_part(
     key: str,
     download: str,
     device: torch.device | None = None,
+    dtype: torch.dtype | str | None = "default",
 ) -> None:
-    """Fills a part of a run's model from the weights that a recipe names, in torch's default dtype."""
+    """Fills a part of a run's model from the weights that a recipe names.
+
+    dtype: "default" for torch's default type; else as in `fill`.
+    """
     weights = open_weights(given, key=key, download=download)
     names = part(weights, prefix)
     if not names:
         held = ", ".join(sorted({n.split(".")[0] for n in weights}))
         raise ValueError(f"{key}: {weights.path} holds no {prefix}* tensors, only {held}")
     try:
-        fill(module, weights, names, key=key, dtype=torch.get_default_dtype(), device=device)
+        kind = torch.get_default_dtype() if isinstance(dtype, str) else dtype
+        fill(module, weights, names, key=key, dtype=kind, device=device)
     except ValueError as error:
         wanted = " ".join(f"{k}={v}" for k, v in settings_of(given).items())
         raise ValueError(f"{error}" + (f"; these weights want {wanted}" if wanted else "")) from error

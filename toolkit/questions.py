@@ -118,7 +118,7 @@ def dumped(row: dict[str, str]) -> str:
 
 def _signature(model: Answerer, options: Sampling) -> str:
     """Names what decides an answer besides the question."""
-    said = f"{model.name} {model.weights_id} {'bf16' if model.bf16 else 'fp32'} {options}"
+    said = f"{model.name} {model.weights_id} {model.precision} {options}"
     return hashlib.sha256(said.encode()).hexdigest()[:10]
 
 

@@ -62,6 +62,12 @@ class Answerer:
         return self.rwkv.emb.weight.device
 
     @property
+    def precision(self) -> str:
+        """fp32, bf16 or fp16: what the language model multiplies in."""
+        names = {torch.bfloat16: "bf16", torch.float16: "fp16"}
+        return "bf16" if self.bf16 else names.get(self.rwkv.emb.weight.dtype, "fp32")
+
+    @property
     def words(self) -> Tokenizer:
         """The tokenizer; ValueError if there is none."""
         if self.tokenizer is None:
