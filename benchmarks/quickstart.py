@@ -20,13 +20,19 @@ from typing import Any
 from toolkit.rundir import versions
 
 HERE = Path(__file__).parent
-RECIPES = ("quickstart", "ablation/scan_2d", "blind")
+RECIPES = ("quickstart", "ablation/scan_2d scale=quick", "blind")
 
 
 def one(recipe: str) -> dict[str, Any]:
     """Runs a recipe from a cold cache; its result with the wall seconds of the whole process."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "toolkit.run", f"recipe={recipe}", f"paths.runs={folder}/runs"]
+        command = [
+            sys.executable,
+            "-m",
+            "toolkit.run",
+            *f"recipe={recipe}".split(),
+            f"paths.runs={folder}/runs",
+        ]
         began = time.monotonic()
         subprocess.run(command, check=True, env={**os.environ, "TOOLKIT_CACHE": f"{folder}/cache"})
         wall = time.monotonic() - began

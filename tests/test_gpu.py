@@ -135,7 +135,7 @@ def test_a_whole_run_on_the_gpu(tmp_path: Path) -> None:
     pytest.importorskip("easy_vqa", reason="easy-VQA comes with the demo extra")
     words = ["data.limit=12", "stages.tune.steps=5", "stages.tune.warmup=0", "eval.limit=20"]
     paths = [f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
-    assert run.main(["scale=small", "hardware.device=cuda", *words, *paths]) == 0
+    assert run.main(["hardware.precision=bf16", "hardware.device=cuda", *words, *paths]) == 0
     (result,) = (tmp_path / "runs").glob("*/result.json")
     told = json.loads(result.read_text())
     assert told["device"] == "cuda" and told["kernels"]["wkv6"] == "triton"

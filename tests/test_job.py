@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from toolkit import report, run
 
 TINY = [
+    "scale=quick",
     "encoder=patch",
     "encoder.patch=32",
     "data.limit=12",
@@ -236,6 +237,21 @@ def test_overlong_samples_are_refused_or_cut(
         assert run.main(short) == 0
     counted = read(only(tmp_path / "runs", "*-s5-*") / "result.json")["left_out"]
     assert counted > 0 and any(f"{counted} overlong samples" in m for m in caplog.messages)
+
+
+def test_the_split_that_settings_are_chosen_by_is_scored_beside_the_test(tmp_path: Path) -> None:
+    words = [
+        *("scale=tiny", "data.train_pictures=24", "data.test_pictures=8", "stages.tune.steps=2"),
+        *("stages.tune.warmup=0", "stages.tune.global_batch=8", "model.n_layer=2", "eval.every=0"),
+        *(f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"),
+    ]
+    assert run.main([*words, "eval.choose=val"]) == 0
+    told = read(only(tmp_path / "runs") / "result.json")
+    assert set(told["data"]) == {"train", "test", "val"}
+    assert told["choose"]["split"] == "val" and told["choose"]["n"] == told["n"] == 8 * 6
+    assert run.main([*words, "eval.split=val", "seed=0"]) == 0
+    same = [read(f)["accuracy"] for f in (tmp_path / "runs").glob("*/result.json") if "choose" not in read(f)]
+    assert same == [told["choose"]["accuracy"]]
 
 
 def test_a_learned_encoder_that_never_learns_is_refused(

@@ -226,7 +226,7 @@ def test_labels_are_moved_apart_and_stay_inside() -> None:
         assert min(found) >= 0 and max(found) <= 100, found
 
 
-SMALL = ["encoder=patch", "encoder.patch=32", "data.limit=12"]
+SMALL = ["scale=quick", "encoder=patch", "encoder.patch=32", "data.limit=12"]
 
 
 def put(tmp_path: Path, accuracy: Accuracy, words: list[str], *, old: bool = False) -> list[str]:
@@ -304,9 +304,29 @@ def test_the_best_of_a_grid_and_a_key_forgotten(tmp_path: Path, monkeypatch: pyt
         ("uni", "0.001", 0.8),
         ("2d", "0.004", 0.8),
     ]
-    assert "| stages.tune.lr |" in markdown(table) and "of one grid for all rows" in markdown(table)
+    assert "| stages.tune.lr |" in markdown(table) and "one grid for all rows" in markdown(table)
+    assert "accuracy on these questions" in markdown(table)
     with pytest.raises(BadRecipe, match="two runs of seed 0, so another key varies too"):
         collect("grid", [*SMALL, runs, "report.best=''"])
+
+
+def test_a_rate_is_chosen_on_the_split_named_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rate that is better on val is kept, although the other is better on the reported questions."""
+    (tmp_path / "grid.yaml").write_text(
+        "# G.\ndefaults:\n  - /recipe/ablation/base\nreport: {rows: scan, best: stages.tune.lr}\n"
+        'hydra:\n  mode: MULTIRUN\n  sweeper: {params: {scan: "uni,2d", stages.tune.lr: "1e-3,4e-3"}}\n'
+    )
+    monkeypatch.setenv("TOOLKIT_RECIPES", str(tmp_path))
+    runs = f"paths.runs={tmp_path / 'runs'}"
+    for job in compose.understand(["recipe=grid", *SMALL, runs]).jobs:
+        cfg = compose.compose(job)
+        fast = cfg["stages"]["tune"]["lr"] > 2e-3
+        found = result(0, {200: {"edge": 0.9 if fast else 0.7}})
+        found["choose"] = {"split": "val", "accuracy": 0.6 if fast else 0.8, "n": 50}
+        write_json(RunDir(tmp_path / "runs", cfg).result, found)
+    table = collect("grid", [*SMALL, runs])
+    assert [(row.chosen, row.mean("all")) for row in table.rows] == [("0.001", 0.7)] * 2
+    assert "best mean accuracy on the split val, not here" in markdown(table)
 
 
 def test_what_is_not_finite_is_told_as_unknown() -> None:

@@ -102,7 +102,7 @@ def notes(table: Table) -> list[str]:
     if table.best:
         where = f"the split {table.chosen_on}, not here" if table.chosen_on else "these questions"
         told.append(
-            f"Each row keeps the {table.best} with its best mean accuracy on {where}; one grid for all."
+            f"Each row keeps the {table.best} with its best mean accuracy on {where}; one grid for all rows."
         )
     commits = {r.result["commit"] for r in table.runs}
     if len(commits) > 1:
