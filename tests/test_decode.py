@@ -269,6 +269,23 @@ def test_steps_on_the_gpu_equal_the_cpu(name: str) -> None:
     torch.testing.assert_close(found.cpu(), wanted, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", RECURRENCES)
+def test_weights_in_bf16_step_as_the_forward(name: str, device: str) -> None:
+    """As converted weights are kept on a GPU: everything in bfloat16, without autocast."""
+    model = model_of(name).bfloat16().to(device)
+    ids = torch.randint(0, VOCAB, (3, 19), device=device)
+    with torch.no_grad():
+        wanted = model.head(model(model.emb(ids))[0])[:, 8:].float()
+    state = prefilled(model, ids[:, :8])
+    decoder = Decoder(model, state)
+    assert decoder.mode == ("graph" if device == "cuda" else "eager: on the CPU")
+    with torch.inference_mode():
+        found = fed(decoder, ids[:, 8:], state)
+    assert found.dtype == torch.bfloat16
+    assert float((found.float() - wanted).norm() / wanted.norm()) < 3e-2
+
+
 @pytest.mark.gpu
 def test_what_cannot_be_captured_runs_eagerly_and_says_so() -> None:
     class Waits(Mean):
