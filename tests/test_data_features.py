@@ -71,9 +71,9 @@ def test_features_larger_than_the_limit_are_read_from_the_shards(stored, tmp_pat
     [
         (
             ["encoder=lite0", "encoder.stride=32", "projector.tokens=4"],
-            "of encoder=lite0 with another encoder than",
+            "of encoder=lite0 with other options than",
         ),
-        (["encoder=blank", "projector.tokens=4"], "with another encoder than this run's encoder=blank"),
+        (["encoder=blank", "projector.tokens=4"], "with other options than this run's encoder=blank"),
         (
             ["encoder=lite0", "projector.tokens=16"],
             "pooled for another projector.tokens than this run's 16; set",
@@ -100,7 +100,10 @@ def refusal(call, capsys) -> str:
 def test_other_weights_and_another_transform_are_noticed(stored, tmp_path, capsys):
     manifest = stored / "f" / "train" / "manifest.json"
     whole = manifest.read_text()
-    for name, value in (("weights", "0" * 16), ("transform", [0.5] * 16)):
+    for name, value, words in (
+        ("weights", "0" * 16, "other weights"),
+        ("transform", [0.5] * 16, "another transform"),
+    ):
         changed = json.loads(whole)
         changed["about"]["features"][name] = value
         manifest.write_text(json.dumps(changed))
@@ -108,7 +111,7 @@ def test_other_weights_and_another_transform_are_noticed(stored, tmp_path, capsy
             said = refusal(lambda: launch(stored, tmp_path / name, *shards(stored), *ENCODER), capsys)  # noqa: B023
         finally:
             manifest.write_text(whole)
-        assert f"holds features of encoder=lite0 with another {name} than this run's" in said
+        assert f"holds features of encoder=lite0 with {words} than this run's" in said
 
 
 def test_an_encoder_that_learns_has_no_features_to_keep(stored, tmp_path, capsys, monkeypatch):

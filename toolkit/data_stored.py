@@ -72,7 +72,7 @@ def _check(
     if differs or not _near(facts["transform"], own["transform"]):
         what = differs[0] if differs else "transform"
         raise ValueError(
-            f"{where} holds features of encoder={facts['encoder']['name']} with another {what} than this "
+            f"{where} holds features of encoder={facts['encoder']['name']} with {_DIFFERS[what]} than this "
             f"run's encoder={conf.encoder['name']} ({facts[what]} there, {own[what]} here); use that one, "
             "or make features with this one: python -m toolkit.data features"
         )
@@ -83,6 +83,9 @@ def _check(
             f"than this run's {conf.projector['tokens']}; set projector.tokens={grid[0] * grid[1]}, or make "
             "them again with --whole"
         )
+
+
+_DIFFERS = {"encoder": "other options", "weights": "other weights", "transform": "another transform"}
 
 
 def _near(one: list[float], other: list[float]) -> bool:
