@@ -6,13 +6,17 @@ from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
 from data.dataset import Sample, Slot
+from data.index import Span
+from data.reader import ExampleTable, ShardReader
 from toolkit.contracts import ImageFeatures
 
 if TYPE_CHECKING:
@@ -35,6 +39,7 @@ class Joined(Dataset[Sample]):
         self.names, self.parts = list(parts), list(parts.values())
         self._ends = list(accumulate(len(part) for part in self.parts))
         self._rows = list(accumulate((len(part.reader) for part in self.parts), initial=0))
+        self.reader = JoinedReader([part.reader for part in self.parts], self._rows)
         self.features: Any = JoinedFeatures([p.features for p in self.parts], self._rows) if cached else None
 
     def __len__(self) -> int:
@@ -68,6 +73,34 @@ class Joined(Dataset[Sample]):
             self.parts[k].prefetch(numbers)
 
 
+class JoinedReader:
+    """Readers one after the other, as far as it takes to say where a sample lies."""
+
+    def __init__(self, readers: Sequence[ShardReader], starts: Sequence[int]) -> None:
+        self._readers, self._starts = readers, starts
+
+    @cached_property
+    def examples(self) -> ExampleTable:
+        """Every dialog of every record of all readers."""
+        tables = [reader.examples for reader in self._readers]
+        record = np.concatenate([t.record + np.int32(s) for t, s in zip(tables, self._starts, strict=False)])
+        return ExampleTable(record, np.concatenate([table.dialog for table in tables]))
+
+    def _of(self, i: int) -> tuple[ShardReader, int]:
+        k = bisect_right(self._starts, i) - 1
+        return self._readers[k], i - self._starts[k]
+
+    def key(self, i: int) -> str:
+        reader, row = self._of(i)
+        return reader.key(row)
+
+    def place(self, i: int, *, image: bool) -> tuple[str, Span]:
+        """As `ShardReader.place`, the shard with its folder."""
+        reader, row = self._of(i)
+        shard, span = reader.place(row, image=image)
+        return f"{reader.folder}/{shard}", span
+
+
 class JoinedFeatures:
     """Feature tables one after the other; starts: the first record number of each, as `Joined` counts."""
 
@@ -76,6 +109,12 @@ class JoinedFeatures:
         if len(grids) > 1:
             raise ValueError(f"the feature caches have different grids: {sorted(grids)}")
         self._tables, self._starts = tables, starts
+        self.streamed = True  # gathered from several tables in each step
+
+    def fetch(self, record: int) -> None:
+        """As `FeatureTable.fetch`."""
+        k = bisect_right(self._starts, record) - 1
+        self._tables[k].fetch(record - self._starts[k])
 
     def gather(self, records: Sequence[int]) -> ImageFeatures:
         """Features of these records, [B, P, D] and [B, E, D], in their order."""

@@ -168,6 +168,12 @@ class ShardReader:
         first = np.cumsum(counts, dtype=np.int32) - counts.astype(np.int32)
         return ExampleTable(record, np.arange(len(record), dtype=np.int32) - np.repeat(first, counts))
 
+    @property
+    def text_sizes(self) -> NDArray[np.int64]:
+        """Bytes of text of each example, [J]; dialogs of one record count alike."""
+        record = self.examples.record
+        return self._index.json_size[record].astype(np.int64) // self._index.dialogs[record]
+
     def example(self, j: int) -> Example:
         """Dialog j, counted over all records."""
         return self._examples_of(int(self.examples.record[j]))[int(self.examples.dialog[j])]

@@ -22,7 +22,7 @@ from toolkit.data_stored import stored
 from toolkit.explain import closest
 from toolkit.model import VisualRWKV
 from toolkit.progress import Ticker
-from toolkit.schema import RunConf
+from toolkit.schema import RunConf, StageConf
 
 log = logging.getLogger("toolkit.data")
 
@@ -55,7 +55,8 @@ class Corpus:
         return CompactTokenizer.collect(self._texts(), WorldTokenizer())
 
     def _texts(self) -> Iterable[str]:
-        used = [(s.split, self.prompts[name]) for name, s in self.conf.stages.items()]
+        stages = self.conf.stages.items()
+        used = [(split, self.prompts[n]) for n, s in stages for split in (shares(n, s) or [s.split])]
         asked = [split for key, split in wanted(self.conf) if key.startswith("eval.")]
         for split, prompt in [*used, *((split, self.prompt) for split in asked)]:
             for example in readable(self.readers[split], policy=self.policy(split)):
@@ -137,9 +138,30 @@ def wanted(conf: RunConf) -> list[tuple[str, str]]:
     """(config key, split) of every split that training and evaluation read."""
     return [
         *((f"stages.{n}.split", s.split) for n, s in conf.stages.items()),
+        *((f"stages.{n}.mix", split) for n, s in conf.stages.items() for split in shares(n, s)),
         ("eval.split", conf.eval.split),
         *([("eval.choose", conf.eval.choose)] if conf.eval.choose else []),
     ]
+
+
+def shares(name: str, stage: StageConf) -> dict[str, float]:
+    """Split -> share of a stage's mixture, empty if it reads `split` alone; ValueError naming the key."""
+    found: dict[str, float] = {}
+    for text in stage.mix:
+        split, _, share = text.partition(":")
+        try:
+            found[split.strip()] = float(share)
+        except ValueError as error:
+            raise ValueError(
+                f"stages.{name}.mix: {text!r} is no split with its share; write {split.strip()}:0.5"
+            ) from error
+    # Floors of the answers are measured on it.
+    if found and stage.split not in found:
+        raise ValueError(
+            f"stages.{name}.mix has the splits {', '.join(found)}, and stages.{name}.split={stage.split} is "
+            f"none of them; write stages.{name}.split={next(iter(found))}"
+        )
+    return found
 
 
 def open_split(folders: Mapping[str, Path], split: str, key: str) -> Path:

@@ -23,6 +23,9 @@ FROM_SCRATCH = {"weights": ""}
 LATER = {"every": 0, "every_limit": 0}
 """Settings of `eval` that came later, at the values that ask for nothing, for the same reason."""
 
+LATER_IN_STAGES: dict[str, Any] = {"mix": [], "block": 1, "window": 8, "bucket": 0}
+"""The same of a stage."""
+
 PACKAGES = (
     "torch",
     "lightning",
@@ -43,8 +46,14 @@ def run_id(cfg: Mapping[str, Any]) -> str:
     asked = {k: v for k, v in cfg.items() if k not in NOT_IDENTITY and v != FROM_SCRATCH}
     if "eval" in asked:
         asked["eval"] = {k: v for k, v in asked["eval"].items() if k not in LATER or v != LATER[k]}
+    if "stages" in asked:
+        asked["stages"] = {name: _without_later(stage) for name, stage in asked["stages"].items()}
     asked["precision"] = cfg["hardware"]["precision"]
     return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _without_later(stage: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in stage.items() if k not in LATER_IN_STAGES or v != LATER_IN_STAGES[k]}
 
 
 def run_name(cfg: Mapping[str, Any]) -> str:

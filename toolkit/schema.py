@@ -47,6 +47,12 @@ class StageConf:
     freeze: list[str] = field(default_factory=list)  # prefixes taken out of `train` again, e.g. rwkv.emb
     order: int = 0  # stages run by rising order; equal ones as named, the scale's before the recipe's
     split: str = "train"  # split of the data source
+    mix: list[str] = field(default_factory=list)  # several splits in shares: [train:0.7,align:0.3]
+    block: Positive = (
+        1  # neighbours that the shuffle keeps together; 1: a full shuffle, 64 suits data behind a URL
+    )
+    window: Positive = 8  # blocks that are shuffled into each other
+    bucket: Count = 0  # steps whose samples are sorted by length together, to pad less; 0: not sorted
     prompt: str = ""  # registered prompt for this stage; empty: the recipe's
     steps: Count = 1000  # optimizer steps; 0 with epochs set
     epochs: Annotated[float, Range(0)] = 0.0  # passes over the split, if steps is 0

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from data.loader import train_loader
-from data.plan import Plan
 from data.policy import Counted, Guarded
-from toolkit import estimate, graphs, resident
+from toolkit import estimate, feed, graphs, resident
 from toolkit.contracts import Batch
 from toolkit.corpus import Corpus
 from toolkit.lit import adamw, to_device
@@ -24,7 +23,6 @@ from toolkit.loss import lm_loss
 from toolkit.model import VisualRWKV
 from toolkit.rundir import RunDir, run_id
 from toolkit.schema import HardwareConf, RunConf, StageConf
-from toolkit.scoring import examples
 from toolkit.train import micro_batch, stage_steps
 
 log = logging.getLogger("toolkit.train")
@@ -49,15 +47,15 @@ class Task:
 class Stage:
     """One stage, ready to train. first_step: optimizer steps of the stages before it.
 
-    dataset: samples under the policy for damaged ones (data.policy). apart: the same data once more, for
-    what is tried before; what it counts and keeps is not training's.
+    dataset: samples under the policy for damaged ones (data.policy). plan: their order, a data.plan.Steps.
+    apart: the same data once more, for what is tried before; what it counts and keeps is not training's.
     """
 
     name: str
     conf: StageConf
     dataset: Any
     apart: Any
-    plan: Plan
+    plan: Any
     steps: int
     first_step: int
 
@@ -85,17 +83,18 @@ def planned(task: Task) -> list[Stage]:
     for name, stage in task.conf.stages.items():
         dataset = _dataset(task, name)
         first = stages[-1].first_step + stages[-1].steps if stages else 0
-        hashed = task.corpus.readers[stage.split].manifest_hash
-        plan = Plan(len(dataset), stage.global_batch, task.conf.seed, hashed, block=1)
+        plan = feed.order(task.conf, task.corpus, name, n_image=task.model.n_image)
         steps = stage_steps(stage, len(dataset), name=name)
         stages.append(Stage(name, stage, dataset, _dataset(task, name), plan, steps, first))
     return stages
 
 
 def _dataset(task: Task, name: str) -> Guarded:
-    split, prompt = task.conf.stages[name].split, task.corpus.prompts[name]
-    made = examples(task.conf, task.corpus, split, task.model, task.features, prompt=prompt, answer=True)
-    return Guarded(made, policy=task.corpus.policy(split), report=task.run.path / f"left_out-{split}.jsonl")
+    splits = feed.splits(task.conf, name)
+    made: Any = feed.samples(task.conf, task.corpus, name, task.model, task.features)
+    strict = any(task.corpus.policy(split) == "strict" for split in splits)
+    report = task.run.path / f"left_out-{'+'.join(splits)}.jsonl"
+    return Guarded(made, policy="strict" if strict else "tolerant", report=report)
 
 
 def captured(task: Task, stage: Stage) -> tuple[graphs.Steps | None, float, str]:
