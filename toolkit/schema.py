@@ -48,9 +48,7 @@ class StageConf:
     order: int = 0  # stages run by rising order; equal ones as named, the scale's before the recipe's
     split: str = "train"  # split of the data source
     mix: list[str] = field(default_factory=list)  # several splits in shares: [train:0.7,align:0.3]
-    block: Positive = (
-        1  # neighbours that the shuffle keeps together; 1: a full shuffle, 64 suits data behind a URL
-    )
+    block: Positive = 1  # neighbours that stay together; 1: a full shuffle, 64 suits data behind a URL
     window: Positive = 8  # blocks that are shuffled into each other
     bucket: Count = 0  # steps whose samples are sorted by length together, to pad less; 0: not sorted
     prompt: str = ""  # registered prompt for this stage; empty: the recipe's
