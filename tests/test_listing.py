@@ -130,7 +130,7 @@ def test_a_failing_row_hides_no_other(jobs: list[dict[str, Any]], capsys: pytest
 
 
 def test_a_table_runs_all_its_rows_and_leaves_no_litter(jobs: list[dict[str, Any]], tmp_path: Path) -> None:
-    assert run.main(["recipe=ablation/prompt", "seed=1,2"]) == 0
+    assert run.main(["recipe=ablation/prompt", "seed=1,2", "hardware.parallel=1"]) == 0
     names = [(job["recipe"], job["cfg"]["prompt"]["name"], job["cfg"]["seed"]) for job in jobs]
     assert names[0] == ("ablation/prompt_prefix", "prefix", 1) and len(names) == len(set(names)) == 6
     assert {p.name for p in tmp_path.iterdir()} <= {"runs"}
