@@ -13,6 +13,13 @@ MANIFESTS: dict[str, dict[str, str]] = {
         "test": "bfaf50c4ed94e21a8944ff085728809251f5e6d5d4ef0c6ae02e77d7b5d2bd40",
         "test_large": "904792582304fbc1d8f5c5f623206417b55dc63abbffd6641af89bc2338fe1ac",
     },
+    # scale=tiny: data.types=[edge,count] data.jitter=false
+    "scenes-35a346934a61": {
+        "train": "80b2291e8acba259023743da39d0e57881a12afbaaf8bb0e3fe03e5c0a773294",
+        "val": "82283e16e5015da50a3af8a76c10089f9807d090e18304b398bbff441629e5ad",
+        "test": "ebdb75108298ec1a11acf5295f2a3632acba23cd8fdd7ceba1facdb29363f101",
+        "test_large": "fc1278c4f8fc53fb7d394dd1730f235d012d6b19a01cfa3516fae026b91a12a5",
+    },
     "sort_of_clevr-24e1e2c91877": {
         "train": "fcf0b1e71c900ecbafefe11c836e328858b4a44b9a00d6fa0b28e7f2a056fded",
         "test": "84f51e4e9d1e80c3d564f1b522e355522bb08c447c7eb6f364738b02502ef7d4",

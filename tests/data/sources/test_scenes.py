@@ -308,9 +308,23 @@ def test_two_processes_at_first_use_draw_once(tmp_path):
 def test_the_factory_hands_every_option_on(tmp_path, monkeypatch):
     given = {"grid": 5, "large_grid": 7, "min_objects": 4, "max_objects": 9, "objects": "shapes"}
     given |= {"colors": 5, "shapes": 3, "ask": "name", "types": ["at"], "questions": 3, "image_size": 96}
-    given |= {"train_pictures": 7, "test_pictures": 6, "seed": 8}
+    given |= {"jitter": False, "train_pictures": 7, "test_pictures": 6, "seed": 8}
     seen = []
     monkeypatch.setattr(from_scenes, "prepare", lambda cache, chosen: seen.append(chosen) or {})
     register.bind("data", {"name": "scenes", **given})(tmp_path)
     assert dataclasses.asdict(seen[0]) == {**given, "types": ("at",)}
     assert set(given) == set(register.components("data")["scenes"].parameters)
+
+
+@pytest.mark.parametrize(("jitter", "least", "most"), [(False, 1, 1), (True, 5, 1000)])
+def test_without_jitter_a_kind_of_object_looks_the_same_in_every_cell(jitter, least, most):
+    """Color and shape decide all pixels of a cell; with jitter they do not."""
+    looks = defaultdict(set)
+    for meta, image in from_scenes.records("test", options(jitter=jitter)):
+        pixels = np.asarray(decode(image, "x").convert("RGB"))
+        for row, column, color, name in meta["things"]:
+            cell = pixels[16 * (row - 1) : 16 * row, 16 * (column - 1) : 16 * column]
+            looks[color, name].add(cell.tobytes())
+    assert len(looks) == 16
+    assert all(least <= len(seen) <= most for seen in looks.values())
+    assert len({min(seen) for seen in looks.values()}) == 16
