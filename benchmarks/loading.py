@@ -48,7 +48,7 @@ def sizes_of(name: str) -> dict[str, Any]:
         "n_layer": n_layer,
         "d_model": d_model,
         "vocab_size": rows,
-        "vocabulary": "world",
+        "vocabulary": "world" if rows == 65536 else "unknown",
         "recurrence": recurrence,
     }
 

@@ -16,7 +16,7 @@ from toolkit import checkpoint, register
 from toolkit.build import build_model, from_dict
 from toolkit.explain import closest, fail
 from toolkit.naming import DERIVED
-from toolkit.pretrained import load_language_model
+from toolkit.pretrained import checked_parts, load_language_model
 from toolkit.rundir import run_id
 from toolkit.runs import CONFIG, VOCABULARY, WEIGHTS, read_config
 from toolkit.schema import ModelConf, PartConf, RunConf
@@ -131,7 +131,8 @@ def _without_start(conf: RunConf, learned: Sequence[str]) -> RunConf:
 def converted(folder: Path, device: torch.device, precision: str, trained: Trained) -> Answerer:
     """A VisualRWKV checkpoint or a language model from a folder that `toolkit.convert` wrote."""
     register.discover()
-    parts = config_of(str(folder)).get("parts", {})
+    told = config_of(str(folder)).get("parts", {})
+    parts = checked_parts(str(folder), Weights(folder / FILE)) if told and (folder / FILE).is_file() else {}
     if "rwkv" not in parts:
         raise ValueError(
             f"{folder}: neither a run's directory nor a converted language model; "

@@ -105,7 +105,7 @@ def load_language_model(
     type, and on a CPU nothing is copied then.
     """
     weights = open_weights(given, key="weights", download=DOWNLOADS["lm"])
-    sizes = config_of(given).get("parts", {}).get("rwkv")
+    sizes = checked_parts(given, weights).get("rwkv")
     if sizes is None:
         raise ValueError(
             f"{given}: no config.json with the sizes of a language model beside the weights; convert the "
@@ -114,3 +114,19 @@ def load_language_model(
     model = ghost(sizes)
     fill(model, weights, part(weights, "rwkv."), key="weights", dtype=dtype, device=device)
     return model.eval(), dict(sizes)
+
+
+def checked_parts(given: str, weights: Weights) -> dict[str, Any]:
+    """`parts` of the config.json beside the weights, empty without one.
+
+    Raises ValueError if the tensors are not what it tells: sizes from a file that anyone may have written
+    would otherwise decide how much is built.
+    """
+    from toolkit.convert.plan import understand
+
+    told = config_of(given).get("parts", {})
+    if told and understand(weights.path, weights.shapes()).parts != told:
+        raise ValueError(
+            f"{given}: its config.json does not tell what its weights hold; convert the original again"
+        )
+    return dict(told)

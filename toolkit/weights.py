@@ -182,14 +182,20 @@ def config_of(given: str) -> dict[str, Any]:
     file = (path if path.is_dir() else path.parent) / CONFIG
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) and "parts" in found else {}
+    return found if isinstance(found, dict) and isinstance(found.get("parts"), dict) else {}
 
 
 def settings_of(given: str) -> dict[str, Any]:
     """Dotted recipe key -> value that the weights need, as config.json tells; empty without one."""
-    parts = config_of(given).get("parts", {})
+    try:
+        return _settings(config_of(given).get("parts", {}))
+    except (AttributeError, LookupError, TypeError):  # not what toolkit.convert writes
+        return {}
+
+
+def _settings(parts: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if "rwkv" in parts:
         sizes = parts["rwkv"]
