@@ -42,7 +42,8 @@ class Guarded(Dataset[Sample]):
             raise ValueError(f"the policy for damaged samples is {policy!r}; use strict or tolerant")
         self.examples, self.tolerant, self.report = examples, policy == "tolerant", report
         self.features, self.reader = examples.features, examples.reader
-        self._noted: set[int] = set()
+        self._noted: set[int] = set()  # rows of the report up to byte _read_to
+        self._read_to = 0
 
     def __len__(self) -> int:
         return len(self.examples)
@@ -99,18 +100,23 @@ class Guarded(Dataset[Sample]):
         """Adds the sample's row, unless this or another process has done so."""
         if j in self._noted:
             return
-        self._noted.add(j)
         row: dict[str, Any] = {"example": j, "shard": fault.shard, "key": fault.key}
         row |= {
             "field": fault.member.removeprefix(f"{fault.key}."),
             "offset": fault.offset,
             "cause": fault.cause,
         }
-        with locked(self.report.with_name(f".{self.report.name}.lock"), "adding to the report"):
-            if j not in reported(self.report):
-                with self.report.open("ab") as file:
-                    file.write(dump_json(row) + b"\n")
+        with (
+            locked(self.report.with_name(f".{self.report.name}.lock"), "adding to the report"),
+            self.report.open("a+b") as file,
+        ):
+            file.seek(self._read_to)
+            self._noted |= {int(json.loads(line)["example"]) for line in file}
+            if j not in self._noted:
+                file.write(dump_json(row) + b"\n")
                 log.warning("left out: %s", fault)
+            self._read_to = file.tell()
+        self._noted.add(j)
 
 
 def readable(reader: ShardReader, *, policy: str) -> Iterator[Example]:

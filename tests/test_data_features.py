@@ -116,7 +116,7 @@ def test_other_weights_and_another_transform_are_noticed(stored, tmp_path, capsy
 
 def test_an_encoder_that_learns_has_no_features_to_keep(stored, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("TOOLKIT_CACHE", str(stored / "cache"))
-    assert data.main(["features", *SOURCE, "encoder=conv", "--out", str(tmp_path / "f")]) == 2
+    assert data.main(["convert", "--features", *SOURCE, "encoder=conv", "--out", str(tmp_path / "f")]) == 2
     assert "encoder=conv learns from scratch, so it has no features to keep" in capsys.readouterr().err
     assert not (tmp_path / "f").exists()
 

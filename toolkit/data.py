@@ -25,6 +25,7 @@ python -m toolkit.data ACTION ...   (ACTION --help says more)
   inspect   what a data source holds: counts, floors, samples as the model reads them, a contact sheet
   export    shards -> LLaVA JSON and pictures, with the bytes they had
   features  a frozen encoder's features of every picture -> shards that train in place of the pictures
+            (also: convert --features)
 
 Exit codes: 0 done, 2 the request cannot be run, 3 the data have faults."""
 
@@ -45,6 +46,8 @@ def _main(words: list[str]) -> int:
         print(USAGE)
         return 0
     action, rest = words[0], words[1:]
+    if action == "convert" and "--features" in rest:
+        action, rest = "features", [word for word in rest if word != "--features"]
     here = {"convert": _convert, "index": _index, "verify": _verify, "export": _export}
     known = [*here, *_ELSEWHERE]
     if action not in known:

@@ -143,6 +143,19 @@ def test_overlong_samples_without_an_answer_are_reported(tmp_path):
     assert examples.left_out == len(rows)
 
 
+def test_two_processes_write_one_row_each_sample(tmp_path):
+    """Each has noted one of three; what the other wrote since is read before writing."""
+    folder = shard_folder(tmp_path / "s", 3)
+    report = tmp_path / "r.jsonl"
+    one, two = (guarded(folder, report, "strict", ctx_len=7, overlong="cut") for _ in range(2))
+    zero = [j for j in range(len(one)) if one.examples[j].weight == 0]
+    assert len(zero) >= 2
+    for examples, j in ((one, zero[0]), (two, zero[1]), (one, zero[1]), (two, zero[0]), (one, zero[0])):
+        examples[j]
+    rows = [json.loads(line)["example"] for line in report.read_text().splitlines()]
+    assert rows == zero[:2]
+
+
 class Forgetful(Guarded):
     """Loses a sample without a word."""
 
