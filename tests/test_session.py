@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import weakref
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.asking import QUESTIONS, TOKENIZER, answerer, ids_of, picture, whole
 from tests.helpers import make_batch
 from toolkit import Sampling, continuation, register
 from toolkit.continuation import Writer, greedy, until
+from toolkit.memory import FORMAT
 from toolkit.sampling import Picker
 from toolkit.session import Answerer
 from toolkit.stream import ends
@@ -193,6 +195,19 @@ def test_another_models_state_is_refused(tmp_path: Path) -> None:
         file.write_bytes(data)
         with pytest.raises(ValueError, match=r"s\.safetensors: no saved state can be read from it"):
             model.resume(file)
+    notes = {"model": "run a", "weights": model.weights_id, "turns": [], "unread": [], "looked": False}
+    for facts in (
+        "{",
+        "[" * 100_000,
+        "[]",
+        *(json.dumps(notes | c) for c in ({"turns": [["x", "y"]]}, {"turns": 3}, {"unread": ["x"]})),
+    ):
+        save_file({"a": torch.zeros(1)}, file, metadata={"format": FORMAT, "facts": facts})
+        with pytest.raises(ValueError, match=r"s\.safetensors: no saved state can be read from it"):
+            model.resume(file)
+    save_file({"a": torch.zeros(1)}, file, metadata={"format": FORMAT, "facts": json.dumps(notes)})
+    with pytest.raises(ValueError, match="its tensors are not those of a state"):
+        model.resume(file)
     save_file({"a": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="no saved state of a conversation"):
         model.resume(file)

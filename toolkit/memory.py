@@ -57,14 +57,26 @@ def load_conversation(model: Answerer, path: Path) -> Conversation:
             _check_owner(model, facts, path)
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         made = Conversation(model)
-        made.turns = [Turn(role, text) for role, text in facts["turns"]]
-        made.unread, made.looked = [int(i) for i in facts["unread"]], bool(facts["looked"])
-    except (OSError, SafetensorError, KeyError, TypeError) as error:
+        made.turns = [_turn(role, text) for role, text in facts["turns"]]
+        made.unread, made.looked = _ids(facts["unread"]), bool(facts["looked"])
+    except (OSError, SafetensorError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: no saved state can be read from it: {error}") from error
     if not all(0 <= i < model.rwkv.emb.num_embeddings for i in made.unread):
         raise ValueError(f"{path}: holds ids that {model.name} does not have; save it again")
     made.state = _fitted(model, kept, path)
     return made
+
+
+def _turn(role: Any, text: Any) -> Turn:
+    if role not in ("human", "gpt") or not isinstance(text, str):
+        raise TypeError("its turns are none")
+    return Turn(role, text)
+
+
+def _ids(listed: Any) -> list[int]:
+    if not isinstance(listed, list) or not all(isinstance(i, int) for i in listed):
+        raise TypeError("its ids are no whole numbers")
+    return listed
 
 
 def _check_owner(model: Answerer, facts: dict[str, Any], path: Path) -> None:
