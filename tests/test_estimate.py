@@ -83,8 +83,11 @@ def test_what_is_tried_is_put_back() -> None:
 
 def test_a_step_is_measured_with_its_optimizer_or_computed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, stage = small_model(), StageConf()
-    batch, seen = make_batch(model, [(3, 5, 2), (0, 2, 1)]), []
+    seen: list[int] = []
     before = [p.detach().clone() for p in model.parameters()]
+
+    def batch_of(samples: int) -> Batch:
+        return make_batch(model, [(3, 5, 2)] * samples)
 
     def loss_of(batch: Batch) -> Tensor:
         seen.append(len(batch.ids))
@@ -94,12 +97,18 @@ def test_a_step_is_measured_with_its_optimizer_or_computed(monkeypatch: pytest.M
         seen.append(-len(parameters))
         return adamw(parameters, stage=stage)
 
-    seconds, measured = estimate.training_step(model, loss_of, batch, optimizer=optimizer, accumulate=2)
-    assert measured and seconds > 0 and set(seen) == {2, -len(before)}
+    given: Any = (model, loss_of, batch_of, 6)
+    seconds, measured = estimate.training_step(*given, optimizer=optimizer, accumulate=2)
+    assert measured and seconds > 0 and set(seen) == {1, 4, 6, -len(before)}
     assert all(torch.equal(p, b) and p.grad is None for p, b in zip(model.parameters(), before, strict=True))
+    # Slow steps: the first size that takes long stands for all; one sample that would is computed.
+    seen.clear()
+    monkeypatch.setattr(estimate, "measure", lambda step, *, wait: [step(), 1.0][1])
+    found = estimate.training_step(*given, optimizer=optimizer, accumulate=2)
+    assert found == (1.0 * 6 * 2 + 1.0, True) and set(seen) == {1, -len(before)}
     seen.clear()
     monkeypatch.setattr(estimate, "PATIENCE", 0.0)
-    seconds, measured = estimate.training_step(model, loss_of, batch, optimizer=optimizer, accumulate=2)
+    seconds, measured = estimate.training_step(*given, optimizer=optimizer, accumulate=2)
     assert seconds > 0 and not measured and not seen
 
 

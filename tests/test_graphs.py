@@ -12,9 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data.dataset import Sample
 from tests.helpers import make_batch, small_model
 from toolkit import graphs, resident, run
-from toolkit.contracts import IGNORE, Batch
+from toolkit.contracts import IGNORE, NO_IMAGE, Batch, ImageFeatures
 from toolkit.loss import lm_loss
 from toolkit.schema import HardwareConf, StageConf
 
@@ -65,14 +66,57 @@ HERE = torch.device("cpu")
 
 def test_why_a_stage_is_no_graph(caplog: pytest.LogCaptureFixture) -> None:
     stage, there = StageConf(global_batch=8), torch.device("cuda")
-    never: Any = None  # the data set is looked at last
+    never = None
     assert graphs.obstacle(HardwareConf(graph="never"), stage, never, there) == "asked for"
     assert graphs.obstacle(HardwareConf(), stage, never, HERE) == "on the CPU" and not caplog.messages
+    why = graphs.obstacle(HardwareConf(), stage, never, there)
+    assert why == "features of pictures are computed in each step"
+    assert graphs.obstacle(HardwareConf(), stage, object(), there) == ""
+    caplog.clear()
     why = graphs.obstacle(HardwareConf(micro_batch=4), stage, never, there)
     assert why == "gradients of hardware.micro_batch=4 are accumulated"
     assert caplog.messages == [f"training steps are no CUDA graph: {why}"]
     with pytest.raises(ValueError, match=r"hardware\.graph=always.*on the CPU; write auto"):
         graphs.obstacle(HardwareConf(graph="always"), stage, never, HERE)
+
+
+class Pictures:
+    """A table of features: picture i is all i."""
+
+    def gather(self, records: list[int]) -> ImageFeatures:
+        rows = torch.tensor(records, dtype=torch.float32).view(-1, 1, 1)
+        return ImageFeatures(rows.expand(-1, 4, 3), rows.expand(-1, 1, 3), (2, 2))
+
+
+class Samples(list[Sample]):
+    features = Pictures()
+
+
+def sample(ids: list[int], labels: list[int], record: int, *, start: int = 0, weight: float = 1.0) -> Sample:
+    return Sample(torch.tensor(ids), torch.tensor(labels), start, f"k{record}", record, weight)
+
+
+def test_batches_of_a_resident_data_set() -> None:
+    no = IGNORE
+    first, second = sample([1, 2, 3], [no, 2, no], 7), sample([4, 5, 6, 7], [no, no, 6, 7], 3, start=1)
+    again = replace(second, record=7)
+    data = resident.load(Samples([first, second, again]), HERE)
+    assert len(data.ids) == 2 and len(data.features.patches) == 2  # equal texts and pictures are kept once
+    batch = data.batch(torch.tensor([1, 0, 2]), torch.tensor([1.0, 1.0, 0.0]))
+    assert batch.ids.tolist() == [[4, 5, 6, 7], [1, 2, 3, 0], [4, 5, 6, 7]]
+    assert batch.labels.tolist() == [[no, no, 6, 7], [no, 2, no, no], [no, no, 6, 7]]
+    assert batch.lengths.tolist() == [4, 3, 4] and batch.image_start.tolist() == [1, 0, 1]
+    assert batch.features is not None and batch.features.patches[:, 0, 0].tolist() == [3, 7, 7]
+    assert batch.features.extra.shape == (3, 1, 3) and batch.features.grid == (2, 2)
+    assert batch.answers is not None and batch.answers.tolist() == [1, 2, 4, 7, 9, 10]
+    assert batch.weight.tolist() == [1, 1, 0] and batch.longest is not None and int(batch.longest) == 4
+
+
+@pytest.mark.parametrize("changed", [{"image_start": NO_IMAGE}, {"weight": 0.0}])
+def test_samples_that_fixed_shapes_cannot_hold(changed: dict[str, Any]) -> None:
+    whole = sample([1, 2], [IGNORE, 2], 5)
+    with pytest.raises(resident.Unfit, match="sample k5 has no picture, is damaged, or is cut"):
+        resident.load(Samples([whole, replace(whole, **changed)]), HERE)
 
 
 @pytest.fixture(scope="module")

@@ -103,7 +103,7 @@ def told(found: Forecast, *, steps: int, questions: int, where: str, rows: int =
 
 
 def measure(step: Callable[[], None], *, wait: Callable[[], None], patience: float = PATIENCE) -> float:
-    """Seconds of `step`, called once to warm up and then until half of `patience` is over.
+    """Seconds of `step`, called once to warm up and then up to five times within half of `patience`.
 
     wait: until the device is done. A first call that takes all of `patience` is itself the answer.
     """
@@ -125,21 +125,23 @@ def measure(step: Callable[[], None], *, wait: Callable[[], None], patience: flo
 def training_step(
     model: nn.Module,
     loss_of: Callable[[Batch], torch.Tensor],
-    batch: Batch,
+    batch_of: Callable[[int], Batch],
+    size: int,
     *,
     optimizer: Callable[[list[nn.Parameter]], torch.optim.Optimizer],
     accumulate: int,
 ) -> tuple[float, bool]:
     """(seconds of an optimizer step, whether it was measured); model and generators stay as they are.
 
-    loss_of: forward pass and loss of a micro batch. accumulate: micro batches in a step. Steps that would
-    take longer than PATIENCE on a CPU are computed from its speed at a matrix product.
+    loss_of: forward pass and loss of a batch. batch_of: a batch of so many samples on the device. size: of
+    a micro batch; accumulate: micro batches in a step. On a CPU fewer samples are tried first, and more only
+    while they are quick; where a single one would take all patience, the time is computed.
     """
+    learning = [p for p in model.parameters() if p.requires_grad]
+    batch = batch_of(1)
     device = batch.ids.device
-    if device.type == "cpu":
-        seconds = accumulate * _computed(model, batch.ids.numel())
-        if seconds > PATIENCE:
-            return seconds, False
+    if device.type == "cpu" and (seconds := _computed(model, batch)) > PATIENCE:
+        return seconds * size * accumulate, False
 
     def wait() -> None:
         if device.type == "cuda":
@@ -147,15 +149,23 @@ def training_step(
 
             torch.cuda.synchronize(device)
 
-    with unchanged(model):
-        learning = [p for p in model.parameters() if p.requires_grad]
+    def timed(samples: int) -> float:
+        batch = batch_of(samples)
 
         def micro() -> None:
             for parameter in learning:
                 parameter.grad = None
             loss_of(batch).backward()
 
-        seconds = accumulate * measure(micro, wait=wait)
+        return measure(micro, wait=wait)
+
+    with unchanged(model):
+        samples = size if device.type == "cuda" else 1
+        seconds = timed(samples)
+        while samples < size and seconds < PATIENCE / 16:
+            samples = min(4 * samples, size)
+            seconds = timed(samples)
+        seconds *= accumulate * size / samples
         if sum(p.numel() for p in learning) <= _MOST_COPIED:
             seconds += measure(_stepped(learning, optimizer), wait=wait)
     return seconds, True
@@ -178,11 +188,16 @@ def _stepped(
     return step
 
 
-def _computed(model: nn.Module, tokens: int) -> float:
-    """Seconds of a step by its arithmetic: 6 operations per parameter and token, at a product's speed."""
+def _computed(model: nn.Module, batch: Batch) -> float:
+    """Seconds of a batch by its arithmetic, at a matrix product's speed.
+
+    6 operations for each token and parameter that learns, 2 for one that does not (a frozen encoder that
+    runs in each step, whose image tokens are taken to be as many as the sequence has).
+    """
     import torch
 
-    parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    learning = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    others = sum(p.numel() for p in model.parameters()) - learning if batch.pixels is not None else 0
     with torch.no_grad():
         a = torch.ones(512, 512)
         a @ a
@@ -190,7 +205,7 @@ def _computed(model: nn.Module, tokens: int) -> float:
         for _ in range(4):
             a @ a
         speed = 4 * 2 * 512**3 / (time.perf_counter() - began)
-    return 6.0 * parameters * tokens / speed
+    return (6.0 * learning + 2.0 * others) * batch.ids.numel() / speed
 
 
 @contextmanager

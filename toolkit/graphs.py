@@ -18,8 +18,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
-from data.dataset import Examples
-from data.plan import Plan
+from data.plan import Steps as Plan
 from toolkit import estimate, progress, resident
 from toolkit.curve import Probe
 from toolkit.lit import parameter_groups, rate_factor
@@ -37,8 +36,11 @@ class Capture(RuntimeError):
     """A step could not be captured; the message says why."""
 
 
-def obstacle(hardware: HardwareConf, stage: StageConf, examples: Examples, device: torch.device) -> str:
-    """Why a stage does not train as a CUDA graph; "" if it can. ValueError if `always` was asked for."""
+def obstacle(hardware: HardwareConf, stage: StageConf, features: object, device: torch.device) -> str:
+    """Why a stage does not train as a CUDA graph; "" if it can. ValueError if `always` was asked for.
+
+    features: the table of a frozen encoder's features, None if they are computed in each step.
+    """
     if hardware.graph == "never":
         return "asked for"
     why = ""
@@ -46,8 +48,8 @@ def obstacle(hardware: HardwareConf, stage: StageConf, examples: Examples, devic
         why = "on the CPU"
     elif hardware.micro_batch not in (0, stage.global_batch):
         why = f"gradients of hardware.micro_batch={hardware.micro_batch} are accumulated"
-    else:
-        why = resident.obstacle(examples, device)
+    elif features is None:
+        why = "features of pictures are computed in each step"
     return refused(hardware, why) if why else ""
 
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from data.dataset import Examples
 from toolkit.contracts import IGNORE, NO_IMAGE, PAD_ID, Batch, ImageFeatures, mapped
 
 _SHARE = 8
@@ -26,7 +25,7 @@ class Resident:
 
     text: [n] row of a sample in ids, labels [S, T], lengths, image_start [S] and answers [S, A]: the
     positions before a label; the last position, which has none after it, fills shorter rows.
-    row: [n] its picture in patches [n_images, P, D] and extra [n_images, E, D]; None without pictures.
+    row: [n] its picture in the features, patches [n_images, P, D] and extra [n_images, E, D].
     """
 
     text: Tensor
@@ -35,14 +34,15 @@ class Resident:
     lengths: Tensor
     image_start: Tensor
     answers: Tensor
-    row: Tensor | None
-    features: ImageFeatures | None
+    row: Tensor
+    features: ImageFeatures
 
     def batch(self, items: Tensor, weight: Tensor) -> Batch:
         """The samples items [B] with weights [B], every shape fixed; reads nothing back from the device."""
         text = self.text.index_select(0, items)  # [B]
         ids = self.ids.index_select(0, text)  # [B, T]
         lengths = self.lengths.index_select(0, text)
+        rows, every = self.row.index_select(0, items), self.features
         samples = torch.arange(len(items), device=items.device)
         answers = self.answers.index_select(0, text) + samples.unsqueeze(1) * ids.shape[1]  # [B, A]
         return Batch(
@@ -52,52 +52,30 @@ class Resident:
             self.image_start.index_select(0, text),
             weight,
             keys=(),
-            features=self._pictures(items),
+            features=ImageFeatures(every.patches[rows], every.extra[rows], every.grid),
             answers=answers.flatten(),
-            images=None if self.row is None else samples,
+            images=samples,
             longest=lengths.max(),
         )
 
-    def _pictures(self, items: Tensor) -> ImageFeatures | None:
-        if self.row is None or self.features is None:
-            return None
-        rows, table = self.row.index_select(0, items), self.features
-        return ImageFeatures(
-            table.patches.index_select(0, rows), table.extra.index_select(0, rows), table.grid
-        )
 
+def load(examples: Any, device: torch.device) -> Resident:
+    """Reads every example once and puts all on the device. Raises Unfit where that cannot be.
 
-def obstacle(examples: Examples, device: torch.device) -> str:
-    """Why these examples cannot lie on the device as fixed shapes; "" if they can."""
-    table = examples.features
-    if table is None:
-        return "features of pictures are computed in each step"
-    if table.streamed:
-        return "features are read from shards in each step"
-    if int((table.rows < 0).sum()):
-        return "some samples have no picture, so batches differ in shape"
-    size = table.patches.nbytes + table.extra.nbytes
-    room = torch.cuda.get_device_properties(device).total_memory // _SHARE if device.type == "cuda" else size
-    if size > room:
-        return f"the features take {size >> 20:,} MiB, more than the {room >> 20:,} MiB set aside for them"
-    return ""
-
-
-def load(examples: Examples, device: torch.device) -> Resident:
-    """Reads every example once and puts all on the device. Unfit where one has nothing to learn from."""
-    kept: dict[int, tuple[int, Tensor, Tensor, int]] = {}  # by the ids' address: equal texts share a tensor
+    examples: a data set of samples with `features`, a table of pictures that gathers by record.
+    """
+    texts: dict[int, tuple[int, Tensor, Tensor, int]] = {}  # by the ids' address: equal texts share a tensor
+    pictures: dict[int, int] = {}  # record -> row
     text: list[int] = []
-    record: list[int] = []
+    row: list[int] = []
     for j in range(len(examples)):
         sample = examples[j]
         if sample.weight == 0 or sample.image_start == NO_IMAGE:
-            raise Unfit(f"sample {sample.key} is cut before its answer, or has no picture")
-        known = kept.setdefault(id(sample.ids), (len(kept), sample.ids, sample.labels, sample.image_start))
+            raise Unfit(f"sample {sample.key} has no picture, is damaged, or is cut before its answer")
+        known = texts.setdefault(id(sample.ids), (len(texts), sample.ids, sample.labels, sample.image_start))
         text.append(known[0])
-        record.append(sample.record)
-    _, ids, labels, starts = zip(*kept.values(), strict=True)
-    table = examples.features
-    assert table is not None
+        row.append(pictures.setdefault(sample.record, len(pictures)))
+    _, ids, labels, starts = zip(*texts.values(), strict=True)
     padded = pad_sequence(list(labels), batch_first=True, padding_value=IGNORE)  # [S, T]
     made = Resident(
         text=torch.tensor(text),
@@ -106,10 +84,25 @@ def load(examples: Examples, device: torch.device) -> Resident:
         lengths=torch.tensor([len(one) for one in ids]),
         image_start=torch.tensor(starts),
         answers=answer_positions(padded),
-        row=table.rows[torch.tensor(record)],
-        features=ImageFeatures(table.patches, table.extra, table.grid),
+        row=torch.tensor(row),
+        features=table(examples.features, list(pictures), device),
     )
     return moved(made, device)
+
+
+def table(features: Any, records: list[int], device: torch.device) -> ImageFeatures:
+    """The features of so many pictures, [n, P, D] and [n, E, D]; Unfit if the device has no room for them."""
+    one = features.gather(records[:1])
+    size = (one.patches.nbytes + one.extra.nbytes) * len(records)
+    room = size
+    if device.type == "cuda":
+        room = torch.cuda.get_device_properties(device).total_memory // _SHARE
+    if size > room:
+        raise Unfit(
+            f"the features take {size >> 20:,} MiB, more than the {room >> 20:,} MiB set aside for them"
+        )
+    found: ImageFeatures = features.gather(records)
+    return found
 
 
 def answer_positions(labels: Tensor) -> Tensor:

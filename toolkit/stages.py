@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from data.batch import collate
 from data.loader import train_loader
 from data.policy import Counted, Guarded
 from toolkit import estimate, feed, graphs, resident
@@ -63,18 +64,24 @@ class Stage:
     def samples(self) -> int:
         return self.steps * self.conf.global_batch
 
-    def loader(self, hardware: HardwareConf, *, pin_memory: bool = False, steps: int = 0) -> Counted:
-        """Micro batches of all steps; or, from the data kept apart and in this process, of the first ones."""
+    def loader(self, hardware: HardwareConf, *, pin_memory: bool = False) -> Counted:
+        """Micro batches of all steps."""
         loader = train_loader(
-            self.apart if steps else self.dataset,
+            self.dataset,
             self.plan,
             start_step=0,
-            end_step=steps or self.steps,
+            end_step=self.steps,
             micro=micro_batch(self.conf, hardware, name=self.name),
-            workers=0 if steps else hardware.workers,
+            workers=hardware.workers,
             pin_memory=pin_memory,
         )
         return Counted(loader, self.plan, first_step=0, report=self.dataset.report)
+
+    def first(self, samples: int) -> Batch:
+        """A batch of so many samples of the first step, from the data kept apart."""
+        items, _ = self.plan.step(0)
+        read = self.apart.__getitems__([(int(j), 1.0) for j in items[:samples]])
+        return collate(read, features=self.apart.features)
 
 
 def planned(task: Task) -> list[Stage]:
@@ -100,7 +107,7 @@ def _dataset(task: Task, name: str) -> Guarded:
 def captured(task: Task, stage: Stage) -> tuple[graphs.Steps | None, float, str]:
     """(steps as a CUDA graph, seconds of one, "graph"), or (None, 0, "eager: " and why)."""
     conf = task.conf
-    why = graphs.obstacle(conf.hardware, stage.conf, stage.apart, task.device)
+    why = graphs.obstacle(conf.hardware, stage.conf, stage.apart.features, task.device)
     if not why:
         try:
             steps = graphs.Steps(
@@ -125,11 +132,11 @@ def step_seconds(task: Task, stage: Stage) -> tuple[float, bool]:
     arm = f"{run_id(asked)} {task.device} {torch.get_num_threads()} {conf.hardware.micro_batch}"
     if arm not in _SECONDS:
         size = micro_batch(stage.conf, conf.hardware, name=stage.name)
-        batch = to_device(next(iter(stage.loader(conf.hardware, steps=1))), task.device)
         _SECONDS[arm] = estimate.training_step(
             task.model,
             partial(_loss, task.model, conf),
-            batch,
+            lambda samples: to_device(stage.first(samples), task.device),
+            size,
             optimizer=partial(adamw, stage=stage.conf),
             accumulate=stage.conf.global_batch // size,
         )
