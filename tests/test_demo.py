@@ -21,6 +21,7 @@ from toolkit import Sampling, demo
 from toolkit.contracts import Turn
 from toolkit.demo_server import Server
 from toolkit.demo_state import KEPT, Desk, orders, shown
+from toolkit.session import Answerer
 from toolkit.trunk import ScanSteps
 
 OPTIONS = Sampling(max_new_tokens=12, temperature=1.3, top_p=0.97, seed=3)
@@ -170,6 +171,16 @@ def test_an_answer_can_be_stopped_and_the_conversation_goes_on() -> None:
     left = desk.ask(name, QUESTIONS[0], OPTIONS)
     left.close()  # type: ignore[attr-defined]  # the page was closed before anything came
     assert any("done" in event for event in desk.ask(name, QUESTIONS[0], OPTIONS))
+
+
+def test_a_language_model_alone_is_asked_without_a_picture() -> None:
+    whole = answerer()
+    desk = Desk(Answerer(whole.rwkv, whole.tokenizer, whole.prompt, None, "text"))
+    assert desk.about()["scan"] is None
+    with pytest.raises(ValueError, match="text has no vision parts"):
+        desk.begin(png(1))
+    events = list(desk.ask(desk.begin(b""), QUESTIONS[0], OPTIONS))
+    assert text_of(events) == whole.answer(None, QUESTIONS[0], OPTIONS)
 
 
 def test_old_conversations_are_dropped() -> None:
