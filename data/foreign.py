@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from data.content import MAX_PICTURE, check_picture, check_text
 from data.faults import Fault
 from data.images import BadPicture
 from data.index import IMAGE_KINDS, MANIFEST, index_bytes, make_manifest
-from data.members import MAX_FAULTS, Sample, members, split_name
+from data.members import GIVEN_UP, MAX_FAULTS, Sample, members, split_name
 from data.records import MAX_JSON, BadRecord, parse_json
 from data.tar import Member
 
@@ -66,7 +67,8 @@ def index_shards(
     allow: int = 0,
     progress: Progress | None = None,
 ) -> list[Fault]:
-    """Writes an index per shard and `out/manifest.json`, unless more than `allow` samples are faulty.
+    """Writes an index per shard and `out/manifest.json`, unless more than `allow` samples are faulty or a
+    shard was given up (GIVEN_UP).
 
     The tars are only read. Faulty samples are left out and returned. text: `auto` takes a JSON with
     conversations, else a .txt, else the `caption` of a JSON (img2dataset). ask: what a caption answers.
@@ -75,20 +77,22 @@ def index_shards(
     """
     _check_names(shards, out)
     layout = layout_of(text, ask)
-    examined: list[Shard] = []
+    made: list[tuple[dict[str, Any], bytes]] = []
+    found: list[Fault] = []
     for number, path in enumerate(shards):
         samples, faults = members(path)
         layout = layout or guessed(path, samples, ask)
-        examined.append(examine(path, samples, faults, layout or {"text": "json"}, full=full))
+        shard = examine(path, samples, faults, layout or {"text": "json"}, full=full)
+        found += shard.faults
+        made.append(_packed(shard, out))
         if progress is not None:
             progress(number + 1, len(shards))
-    found = [fault for shard in examined for fault in shard.faults]
-    if not any(shard.keys for shard in examined):
+    if not any(entry["nsamples"] for entry, _ in made):
         why = f"; the first fault: {found[0]}" if found else ""
         raise ValueError(f"no samples in {len(shards)} shards, {shards[0]} the first{why}")
-    if len(found) <= allow:
+    if len(found) <= allow and not any(fault.cause == GIVEN_UP for fault in found):
         assert layout is not None
-        _write(examined, out, layout)
+        _write(made, out, layout, len(found))
     return found
 
 
@@ -96,7 +100,7 @@ def _check_names(shards: Sequence[Path], out: Path) -> None:
     if not shards:
         raise ValueError("no shards to index; name .tar files or a folder that holds some")
     stems = [path.stem for path in shards]
-    twice = next((stem for stem in stems if stems.count(stem) > 1), None)
+    twice = next((stem for stem, n in Counter(stems).items() if n > 1), None)
     if twice is not None:
         raise ValueError(f"two shards are called {twice}.tar; index their folders one by one")
     if (out / MANIFEST).exists():
@@ -160,6 +164,7 @@ def examine(
             if isinstance(row, Fault):
                 shard.faults.append(row)
                 if len(shard.faults) >= MAX_FAULTS:
+                    shard.faults.append(Fault(path.name, "", "", sample.first(), GIVEN_UP))
                     break
             else:
                 _add(shard, sample.key, *row)
@@ -213,28 +218,28 @@ def _add(shard: Shard, key: str, text: list[int], pictures: list[list[int]], dia
     shard.keys.append(key)
 
 
-def _write(examined: Sequence[Shard], out: Path, layout: Layout) -> None:
+def _packed(shard: Shard, out: Path) -> tuple[dict[str, Any], bytes]:
+    """(manifest entry without a layout, index) of a shard; a tenth of the memory that the columns take."""
+    content = index_bytes(shard.keys, shard.columns)
+    same = shard.path.parent.resolve() == out.resolve()
+    entry = {
+        "url": shard.path.name if same else str(shard.path.resolve()),
+        "nsamples": len(shard.keys),
+        "filesize": shard.path.stat().st_size if shard.path.exists() else 0,
+        "dialogs": sum(shard.columns["dialogs"]),
+        "images": sum(k > 0 for k in shard.columns["image_kind"]) + len(shard.columns["more_kind"]),
+        "index": f"{shard.path.stem}.index",
+        "index_sha256": hashlib.sha256(content).hexdigest(),
+    }
+    return entry, content
+
+
+def _write(made: Sequence[tuple[dict[str, Any], bytes]], out: Path, layout: Layout, left_out: int) -> None:
     """The indexes, then the manifest; each appears whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for shard in examined:
-        content = index_bytes(shard.keys, shard.columns)
-        name = f"{shard.path.stem}.index"
-        _replace(out / name, content)
-        same = shard.path.parent.resolve() == out.resolve()
-        entries.append(
-            {
-                "url": shard.path.name if same else str(shard.path.resolve()),
-                "nsamples": len(shard.keys),
-                "filesize": shard.path.stat().st_size,
-                "dialogs": sum(shard.columns["dialogs"]),
-                "images": sum(k > 0 for k in shard.columns["image_kind"]) + len(shard.columns["more_kind"]),
-                "index": name,
-                "index_sha256": hashlib.sha256(content).hexdigest(),
-                "layout": dict(layout),
-            }
-        )
-    left_out = sum(len(shard.faults) for shard in examined)
+    for entry, content in made:
+        _replace(out / entry["index"], content)
+    entries = [{**entry, "layout": dict(layout)} for entry, _ in made]
     manifest = make_manifest(entries, {"source": "foreign", "rejects": left_out})
     _replace(out / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
 

@@ -20,6 +20,7 @@ PICTURES = ("jpg", "jpeg", "png", "webp")
 TEXTS = ("json", "txt")
 MAX_FAULTS = 1_000
 """Faults after which a shard is given up: it is no data set, or an attack."""
+GIVEN_UP = "too many faults; the rest is not looked at"
 
 
 @dataclass
@@ -67,7 +68,7 @@ def _grouped(shard: str, found: Iterator[Member | Damage]) -> tuple[list[Sample]
             pictures.append((stem, item))
         seen.add(item.name)
         if len(faults) >= MAX_FAULTS:
-            faults.append(Fault(shard, "", "", item.offset, "too many faults; the rest is not looked at"))
+            faults.append(Fault(shard, "", "", item.offset, GIVEN_UP))
             break
     for stem, member in pictures:
         place = _place(stem, samples)

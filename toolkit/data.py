@@ -161,6 +161,7 @@ def _index(words: list[str]) -> int:
     asked.add_argument("--allow-rejects", type=_count, default=0, metavar="N", help="faulty samples left out")
     args = asked.parse_args(words)
     from data.foreign import index_shards
+    from data.members import GIVEN_UP, MAX_FAULTS
 
     shards = _tars(args.shards)
     folders = {path.resolve().parent for path in shards}
@@ -178,6 +179,9 @@ def _index(words: list[str]) -> int:
             progress=bar,
         )
     _printed(faults)
+    if any(fault.cause == GIVEN_UP for fault in faults):
+        print(f"more than {MAX_FAULTS:,} faults in a shard; nothing was written: repair it or leave it out")
+        return EXIT_FAULTS
     if len(faults) > args.allow_rejects:
         print(
             f"{len(faults):,} faults; nothing was written. Leave them out with --allow-rejects {len(faults)}"

@@ -231,6 +231,28 @@ def test_many_faults_end_the_search(tmp_path):
     assert faults[-1].offset == 512 * (MAX_FAULTS + 1)
 
 
+def test_a_shard_that_was_given_up_is_not_indexed(tmp_path, monkeypatch, capsys):
+    from toolkit import data
+
+    monkeypatch.setattr("data.foreign.MAX_FAULTS", 2)
+    files = [("0.png", picture(0)), ("0.json", llava(0))]
+    shard = tar(tmp_path / "a.tar", files + [(f"{i}.json", llava(i)) for i in range(1, 6)])
+    faults = index_shards([shard], tmp_path, allow=99)
+    assert [f.key for f in faults] == ["1", "2", ""] and "too many faults" in faults[-1].cause
+    assert data.main(["index", str(shard), "--allow-rejects", "99"]) == 3
+    assert "faults in a shard; nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / MANIFEST).exists()
+
+
+def test_an_empty_shard_is_one_of_the_shards(tmp_path):
+    empty = tar(tmp_path / "a.tar", [])
+    full = tar(tmp_path / "b.tar", img2dataset(0))
+    assert index_shards([empty, full], tmp_path) == []
+    reader = ShardReader(tmp_path)
+    assert len(reader) == 1 and reader.example(0).gold == "caption 0"
+    assert not list(verify(tmp_path))
+
+
 def test_after_damage_the_walk_goes_on(tmp_path):
     path = tar(tmp_path / "a.tar", [m for i in range(4) for m in img2dataset(i)])
     with tarfile.open(path) as opened:
