@@ -5,11 +5,15 @@ from __future__ import annotations
 from io import BytesIO
 
 import pytest
+import torch
 from PIL import Image, ImageFile
 
+from data.dataset import Examples
 from data.images import decode, extension, header
+from data.loader import eval_loader
+from data.reader import ShardReader
 
-from .helpers import picture
+from .helpers import Letters, mean_color, picture, plain_prompt, shard_folder
 
 
 @pytest.mark.parametrize(("kind", "ending"), [("PNG", "png"), ("JPEG", "jpg"), ("WEBP", "webp")])
@@ -40,6 +44,24 @@ def test_a_cut_jpeg_is_no_draft_either():
     data = picture(1, kind="JPEG", size=(200, 200))
     with pytest.raises(ValueError, match=r"^key 7: the picture cannot be decoded"):
         decode(data[: len(data) // 2], "key 7", draft=25)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_sample_may_have_its_picture_at_several_resolutions(tmp_path, workers):
+    """What `fused` asks for: every member its own size, stacked part by part."""
+    reader = ShardReader(shard_folder(tmp_path / "s", 4))
+
+    def several(image):
+        return mean_color(image), (mean_color(image.resize((4, 4))), mean_color(image)[:, :1])
+
+    settings = {"prompt": plain_prompt, "tokenizer": Letters(), "n_image": 4, "ctx_len": 64}
+    examples = Examples(reader, transform=several, **settings)
+    (batch,) = eval_loader(examples, batch=8, workers=workers)
+    pictured = [j for j in range(len(examples)) if examples.example(j).has_image]
+    large, (small, part) = batch.pixels
+    assert large.shape == small.shape == (len(pictured), 3, 2, 2) and part.shape == (len(pictured), 3, 1, 2)
+    for row, j in enumerate(pictured):
+        assert torch.equal(part[row], examples[j].pixels[1][1]) and torch.equal(large[row, :, :1], part[row])
 
 
 def test_png_pixels_are_exact():
