@@ -115,11 +115,11 @@ class Case:
         self.parameters = sum(p.numel() for p in self.model.parameters())
         self.states: dict[int, State] = {}
         self.vocab = self.model.emb.num_embeddings
-        self.package = self._made(lambda: Package(self.model, device))
+        self.package = self.made(lambda: Package(self.model, device))
         self.how = self.package.how if isinstance(self.package, Package) else str(self.package)
         say(f"{size}: {self.parameters:,} parameters; the rwkv package: {self.how}")
 
-    def _made(self, make: Callable[[], Any]) -> Any:
+    def made(self, make: Callable[[], Any]) -> Any:
         """What `make` returns, or the reason why it cannot."""
         try:
             return make()
@@ -141,22 +141,22 @@ class Case:
 
     def row(self, batch: int, position: int) -> dict[str, Any]:
         """Milliseconds a token of every way; `reasons` of those that there is no number for."""
-        made: dict[str, Any] = {"ours": self._made(lambda: self._ours(batch, position))}
+        made: dict[str, Any] = {"ours": self.made(lambda: self._ours(batch, position))}
         made["rwkv package"] = self._package_step(batch)
         shape = (self.parameters, self.vocab, batch, position, self.device)
-        made["llama"] = self._made(lambda: Llama(self.size, *shape).step)
+        made["llama"] = self.made(lambda: Llama(self.size, *shape).step)
         reasons = {name: str(step) for name, step in made.items() if isinstance(step, Unable)}
         times = in_turn({n: step for n, step in made.items() if n not in reasons}, self.device)
         made.clear()  # the memory of one cache goes before the next one's is taken
         self._tidy()
-        library = self._made(lambda: transformers_llama(self.size, *shape))
+        library = self.made(lambda: transformers_llama(self.size, *shape))
         if isinstance(library, Unable):
             reasons["transformers"] = str(library)
         else:
             times |= self._made_time("transformers", library, reasons)
         del library
         self._tidy()
-        again = self._made(lambda: self._recomputed(batch, position))
+        again = self.made(lambda: self._recomputed(batch, position))
         if isinstance(again, Unable):
             reasons["recomputed"] = str(again)
         else:
@@ -178,7 +178,7 @@ class Case:
 
     def _made_time(self, name: str, step: Step, reasons: dict[str, str]) -> dict[str, float]:
         """The time of a step that may run out of memory, else a reason."""
-        found = self._made(lambda: in_turn({name: step}, self.device))
+        found = self.made(lambda: in_turn({name: step}, self.device))
         if isinstance(found, Unable):
             reasons[name] = str(found)
             return {}
@@ -296,8 +296,9 @@ def rows(case: Case, result: dict[str, Any], ends: float, out: Path) -> None:
     """Every batch and position of one size; what is measured is kept if the machine goes."""
     for batch in BATCHES[case.device]:
         if time.monotonic() < ends:
-            result["flat"].append(case.flat(batch))
-            say(json.dumps(result["flat"][-1]))
+            found = case.made(lambda batch=batch: case.flat(batch))  # type: ignore[misc]
+            say(str(found))
+            result["flat"] += [] if isinstance(found, Unable) else [found]
         for position in POSITIONS[case.device]:
             if time.monotonic() > ends:
                 result["left_out"].append([case.size, batch, position])
