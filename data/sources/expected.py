@@ -13,12 +13,19 @@ MANIFESTS: dict[str, dict[str, str]] = {
         "test": "bfaf50c4ed94e21a8944ff085728809251f5e6d5d4ef0c6ae02e77d7b5d2bd40",
         "test_large": "904792582304fbc1d8f5c5f623206417b55dc63abbffd6641af89bc2338fe1ac",
     },
-    # scale=tiny: data.types=[edge,count] data.jitter=false
+    # scale=tiny
     "scenes-35a346934a61": {
         "train": "80b2291e8acba259023743da39d0e57881a12afbaaf8bb0e3fe03e5c0a773294",
         "val": "82283e16e5015da50a3af8a76c10089f9807d090e18304b398bbff441629e5ad",
         "test": "ebdb75108298ec1a11acf5295f2a3632acba23cd8fdd7ceba1facdb29363f101",
         "test_large": "fc1278c4f8fc53fb7d394dd1730f235d012d6b19a01cfa3516fae026b91a12a5",
+    },
+    # scale=small
+    "scenes-7aa22657bf92": {
+        "train": "4dcc5f989388364f57b74f03248b263c9d491a30042003dfc4b15be1a40d4a82",
+        "val": "70dba96603cc8e7625877711eca620ee98a0740da5c37286c9de981cd0c6538f",
+        "test": "35998c343a517790a7b05d3941fa0ed6b9cff3531421a3da5c9dfc89c336a0dc",
+        "test_large": "c63b50ee3c25d1e921c987ddc18ee0645b8d50e2399b5f3e783a820f385f9d7e",
     },
     "sort_of_clevr-24e1e2c91877": {
         "train": "fcf0b1e71c900ecbafefe11c836e328858b4a44b9a00d6fa0b28e7f2a056fded",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import importlib.util
 import inspect
 import multiprocessing
@@ -17,8 +18,10 @@ from data import sources
 from data.floors import blind, chance, majority
 from data.images import decode
 from data.reader import ShardReader
+from data.records import dump_json
 from data.sources import digits, expected, from_scenes, generated, raster
 from data.sources.scene_options import Options
+from tests.compositions import one
 from toolkit import register
 
 needs_digits = pytest.mark.skipif(
@@ -328,3 +331,13 @@ def test_without_jitter_a_kind_of_object_looks_the_same_in_every_cell(jitter, le
     assert len(looks) == 16
     assert all(least <= len(seen) <= most for seen in looks.values())
     assert len({min(seen) for seen in looks.values()}) == 16
+
+
+@pytest.mark.parametrize("scale", ["tiny", "small"])
+def test_the_data_of_the_ablation_scales_is_pinned(scale, tmp_path, monkeypatch):
+    """Whoever changes the options of a scale has to write the new manifest hashes."""
+    named = []
+    monkeypatch.setattr(from_scenes, "generated", lambda cache, name, options, *rest: named.append(options))
+    register.bind("data", one("recipe=ablation/scan_2d", f"scale={scale}")["data"])(tmp_path)
+    folder = f"scenes-{hashlib.sha256(dump_json(named[0])).hexdigest()[:12]}"
+    assert set(expected.MANIFESTS[folder]) == {"train", "val", "test", "test_large"}
