@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
@@ -11,11 +12,13 @@ from data.features import build_features
 from data.joined import Joined
 from data.loader import train_loader
 from data.mixture import Mixture, Source
+from data.policy import Guarded, reported
 from data.reader import ShardReader
 from toolkit.contracts import NO_IMAGE, ImageFeatures
 
 from .helpers import mean_color, shard_folder
 from .test_dataset import examples_of
+from .test_reader import flip
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +89,20 @@ def test_overlong_samples_are_counted_over_all_parts(readers):
     joined = Joined(parts)
     weights = [joined[(j, 1.0)].weight for j in range(len(joined))]
     assert joined.left_out == weights.count(0.0) > max(part.left_out for part in parts.values())
+
+
+def test_damage_in_a_part_is_reported_with_its_folder(tmp_path):
+    folders = [shard_folder(tmp_path / name, 12) for name in "ab"]
+    readers = {folder.name: ShardReader(folder) for folder in folders}
+    offset = flip(folders[1], "png", readers["b"], 6)
+    joined: Any = Joined({n: examples_of(reader, transform=mean_color) for n, reader in readers.items()})
+    guarded = Guarded(joined, policy="tolerant", report=tmp_path / "report.jsonl")
+    weights = [guarded[(j, 1.0)].weight for j in range(len(guarded))]
+    (row,) = reported(tmp_path / "report.jsonl").values()
+    assert weights.count(0.0) == 1 and weights.index(0.0) == row["example"]
+    assert (row["key"], row["offset"]) == ("00000006", offset)
+    shard, _ = joined.reader.place(12 + 6, image=True)
+    assert shard == f"{folders[1]}/{readers['b'].place(6, image=True)[0]}"
+    assert joined.reader.key(12 + 6) == "00000006"
+    record = joined.reader.examples.record
+    assert len(record) == len(joined) and record[row["example"]] == 12 + 6
