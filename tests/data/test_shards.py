@@ -51,6 +51,20 @@ def test_tar_members_carry_no_time_and_no_owner(tmp_path):
     assert [m.name for m in members[:2]] == ["00000000.png", "00000000.json"]
 
 
+@pytest.mark.parametrize("n", [1, 7, 12])
+def test_shards_are_what_tarfile_would_write(tmp_path, n):
+    for shard in shard_folder(tmp_path / "s", n).glob("*.tar"):
+        with (
+            tarfile.open(shard) as found,
+            tarfile.open(tmp_path / "t", "w", format=tarfile.USTAR_FORMAT) as out,
+        ):
+            for member in found.getmembers():
+                info = tarfile.TarInfo(member.name)
+                info.size = member.size
+                out.addfile(info, found.extractfile(member))
+        assert shard.read_bytes() == (tmp_path / "t").read_bytes()
+
+
 def test_webdataset_reads_the_shards(tmp_path):
     import webdataset
 
