@@ -329,8 +329,8 @@ SLIPS = [
         line(2),
         "stages.tune.freeze",
         "",
-        ("layers 0 to 2",),
-        file="stages: {tune: {freeze: [rwkv.blocks.3]}}",
+        ("layers 0 to 3",),
+        file="stages: {tune: {freeze: [rwkv.blocks.4]}}",
     ),
     Slip(
         "prompt of a stage", line(2), "stages.tune.prompt", "prefix", file="stages: {tune: {prompt: prefx}}"
