@@ -72,7 +72,7 @@ def test_side_by_side_gives_the_bits_of_one_after_the_other(
 ) -> None:
     pytest.importorskip("easy_vqa", reason="easy-VQA comes with the demo extra")
     words = [*TINY, "-m", "plugins=[trouble]", f"paths.cache={elsewhere / 'cache'}"]
-    both = ["scan=uni,crash,killed,2d", "paths.runs=parallel", "hardware.parallel=2"]
+    both = ["scan=uni,crash,2d,killed", "paths.runs=parallel", "hardware.parallel=2"]
     assert run.main([*words, *both]) == 1
     error = capsys.readouterr().err
     assert "2 of 4 rows done, 2 failed:" in error, error[-3000:]
