@@ -48,6 +48,7 @@ def test_damaged_structure_is_found_where_it_is(folder, name):
     assert str(first).startswith(f"{SHARD}: key {fault.key}: field {fault.field}: byte {first.offset:,}: ")
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", CONTENT)
 def test_damaged_content_is_found_where_it_is(tmp_path, name):
     made, field, cause = CONTENT[name]
