@@ -195,6 +195,12 @@ def _job(row: tuple[Given, ...], asked: str) -> Job:
     return Job(row, plan)
 
 
+def row_name(job: Job, request: Request) -> str:
+    """What tells a row from the others: the overrides that change over the sweep."""
+    changing = [text for text in job.overrides if any(text not in other.overrides for other in request.jobs)]
+    return " ".join(changing or job.overrides) or job.recipe
+
+
 def compose(job: Job, *, complete: bool = True) -> dict[str, Any]:
     """The resolved config of one job as plain values. complete: also where the data lies."""
     recipes.CHOSEN.set({kind: choice.option for kind, choice in job.plan.choices.items()})

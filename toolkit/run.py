@@ -14,9 +14,9 @@ from typing import Any
 
 from toolkit import compose, estimate, recipes, register, rules
 from toolkit.compose import Job, Request
-from toolkit.explain import COMMAND_LINE, BadRecipe, fail, guarded
-from toolkit.layers import parse, scales
-from toolkit.rundir import RunDir, run_id
+from toolkit.explain import BadRecipe, fail, guarded
+from toolkit.layers import scales
+from toolkit.rundir import run_id
 from toolkit.stopping import INTERRUPTED, stoppable
 
 log = logging.getLogger("toolkit.run")
@@ -59,7 +59,11 @@ def _main(words: list[str]) -> int:
         return _show(args, request)
     if args.check:
         return _check(request)
-    return _sweep(request) if request.multirun else _single(request.jobs[0])
+    if not request.multirun:
+        return _single(request.jobs[0])
+    from toolkit import rows
+
+    return rows.sweep(request)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -145,7 +149,7 @@ def _check(request: Request) -> int:
             facts = check(cfg)
         except ValueError as error:
             raise fail(job.plan.choices["recipe"].place, "", str(error)) from error
-        print(_row_name(job, request))
+        print(compose.row_name(job, request))
         print(sizes(facts))
     return 0
 
@@ -200,83 +204,6 @@ def run_row(cfg: Any) -> None:
     overrides = [str(text) for text in conf.overrides.task]
     log.info("row %s: %s", int(conf.job.num) + 1, " ".join(overrides))
     _run({str(k): v for k, v in values.items()}, str(conf.runtime.choices["recipe"]), overrides)
-
-
-def _sweep(request: Request) -> int:
-    """Runs every row, also after one failed, and tells at the end which did."""
-    # A row that cannot run is found before the first one starts.
-    composed = [compose.compose(job) for job in request.jobs]
-    parallel = {cfg["hardware"]["parallel"] for cfg in composed}
-    failures = _in_turn(request, composed) if parallel == {1} else _side_by_side(request, composed)
-    done = len(request.jobs) - len(failures)
-    print(
-        f"{done} of {len(request.jobs)} rows done" + (f", {len(failures)} failed:" if failures else ""),
-        file=sys.stderr,
-    )
-    for name, error in failures:
-        print(f"  {name}: {error}", file=sys.stderr)
-    return 1 if failures else 0
-
-
-def _in_turn(request: Request, composed: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Rows one after the other, by the launcher; (row, error) of those that failed."""
-    estimate.QUEUE[:] = [cfg for cfg in composed if RunDir.of(cfg).finished() is None]
-    try:
-        outcomes = _launch(request)
-    finally:
-        estimate.QUEUE.clear()
-    failures = []
-    for job, outcome in zip(request.jobs, outcomes, strict=True):
-        if outcome.status.name == "FAILED":
-            failures.append((_row_name(job, request), told(outcome._return_value)))
-            if os.environ.get("TOOLKIT_TRACE") == "1":
-                traceback.print_exception(outcome._return_value)
-    return failures
-
-
-def _side_by_side(request: Request, composed: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
-    """Rows in processes of this machine; (row, error) of those that failed."""
-    launcher = next((g for g in parse(request.arguments) if g.key.startswith("hydra/launcher")), None)
-    if launcher is not None:
-        what = "a launcher of Hydra's and hardware.parallel both say how rows are started"
-        raise fail(launcher.place, launcher.key, what, fix="take one of them out")
-    if len({cfg["hardware"]["parallel"] for cfg in composed}) > 1:
-        what = "differs between the rows of one sweep"
-        raise fail(COMMAND_LINE, "hardware.parallel", what, fix="give it once: hardware.parallel=0")
-    from toolkit import sweep, sweep_layout
-
-    rows = [
-        sweep.Row(i, _row_name(job, request), cfg, job.recipe, job.overrides)
-        for i, (job, cfg) in enumerate(zip(request.jobs, composed, strict=True), 1)
-    ]
-    plan = sweep_layout.layout(composed[0]["hardware"], len(rows))
-    errors = sweep.Sweep(rows, plan, show=lambda line: print(line, file=sys.stderr, flush=True)).run()
-    return [(row.label, errors[row.number]) for row in rows if row.number in errors]
-
-
-def _row_name(job: Job, request: Request) -> str:
-    """What tells a row from the others: the overrides that change over the sweep."""
-    changing = [text for text in job.overrides if any(text not in other.overrides for other in request.jobs)]
-    return " ".join(changing or job.overrides) or job.recipe
-
-
-def _launch(request: Request) -> Sequence[Any]:
-    """Hands the rows to the chosen launcher (in this process, if none is)."""
-    from hydra.core.plugins import Plugins
-    from hydra.types import HydraContext, RunMode
-
-    # The task must be importable by name in a launcher's worker, which `__main__` is not.
-    from toolkit.run import run_row as task
-
-    with compose.mounted() as hydra:
-        cfg = hydra.compose_config(
-            "run", request.fixed, run_mode=RunMode.MULTIRUN, with_log_configuration=False
-        )
-        from hydra._internal.callbacks import Callbacks
-
-        context = HydraContext(config_loader=hydra.config_loader, callbacks=Callbacks(cfg))
-        launcher = Plugins.instance().instantiate_launcher(context, task, cfg)
-        return launcher.launch([job.overrides for job in request.jobs], 0)
 
 
 def told(error: BaseException) -> str:
