@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from tests.compositions import composed, one, rows
-from toolkit import recipes
+from toolkit import compose, recipes
 from toolkit.explain import BadRecipe
 from toolkit.layers import scales
 from toolkit.lines import line_of, load
@@ -25,9 +25,12 @@ RECIPES = sorted(
 
 @pytest.mark.parametrize(("recipe", "scale"), list(itertools.product(RECIPES, scales())))
 def test_composes_at_every_scale(recipe: str, scale: str) -> None:
-    # One seed and one rate: those that a scale gives to tables only repeat the rest.
+    # One seed and one rate, and where scales differ in numbers only, one row: the others repeat the rest.
     table = "MULTIRUN" in (ROOT / f"recipes/{recipe}.yaml").read_text()
-    for config in composed(f"recipe={recipe}", f"scale={scale}", *["seed=0", "stages.tune.lr=1e-4"] * table):
+    words = [f"recipe={recipe}", f"scale={scale}", *["seed=0", "stages.tune.lr=1e-4"] * table]
+    jobs = compose.understand(words).jobs
+    for job in jobs[:1] if scale in ("quick", "paper_3b", "paper_7b") else jobs:
+        config = compose.compose(job, complete=False)
         assert config["stages"]["tune"]["train"] == ["proj", "rwkv"]
 
 
@@ -212,11 +215,11 @@ def test_a_table_takes_seeds_rates_and_data_from_its_scale() -> None:
         ("small", [0, 1, 2, 3, 4], [5e-4, 1e-3], "scenes"),
         ("paper_1b6", [0], [6e-5], "llava"),
     ):
-        made = composed("recipe=ablation/scan", f"scale={scale}")
+        made = composed("recipe=ablation/scan", "scan=bi", f"scale={scale}")
         ran = {(c["scan"]["name"], c["seed"], c["stages"]["tune"]["lr"]) for c in made}
-        assert ran == set(itertools.product(["uni", "bi", "2d"], seeds, rates)), scale
+        assert ran == set(itertools.product(["bi"], seeds, rates)), scale
         assert len(made) == len(ran) and {c["data"]["name"] for c in made} == {data}
-    small = composed("recipe=ablation/scan", "scale=small")[0]
+    small = one("recipe=ablation/scan", "scan=bi", "seed=0", "stages.tune.lr=1e-3", "scale=small")
     assert small["report"]["best"] == "stages.tune.lr" and small["eval"]["choose"] == "val"
     assert one("recipe=quickstart")["data"]["name"] == one("recipe=blind")["data"]["name"] == "easy_vqa"
     assert one("recipe=quickstart", "scale=tiny")["data"]["name"] == "scenes"
