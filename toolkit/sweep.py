@@ -129,23 +129,26 @@ class Sweep:
         gpu = min(self.plan.gpus, key=taken.count) if self.plan.gpus else ""
         worker = Worker(gpu=gpu, sharing=self.plan.workers)
         self._workers[worker] = None
-        for handle, read in ((worker.output, self._read_output), (worker.events, self._read_events)):
-            self._selector.register(handle, selectors.EVENT_READ, lambda read=read: read(worker))
+        for handle in (worker.output, worker.events):
+            self._selector.register(handle, selectors.EVENT_READ, lambda: self._read(worker))
         return worker
 
-    def _read_output(self, worker: Worker) -> None:
-        lines, ended = worker.lines(worker.output)
+    def _read(self, worker: Worker) -> None:
+        """What has arrived: an estimate stands before what the row logs after it, a result behind it all."""
+        lines, silent = worker.lines(worker.output)
+        arrived, over = worker.lines(worker.events)
+        events = [json.loads(event) for event in arrived]
+        for event in events:
+            if event["event"] == "estimate":
+                self._estimated(worker, event)
         for line in lines:
             self._line(worker, line)
-        if ended:
-            self._forget(worker.output)
-
-    def _read_events(self, worker: Worker) -> None:
-        lines, ended = worker.lines(worker.events)
-        for line in lines:
-            self._event(worker, json.loads(line))
-        if ended:
-            self._forget(worker.events)
+        for event in events:
+            if event["event"] != "estimate":
+                self._ended(worker, event)
+        for handle, done in ((worker.output, silent), (worker.events, over)):
+            if done:
+                self._forget(handle)
 
     def _line(self, worker: Worker, line: str) -> None:
         running = self._workers[worker]
@@ -155,16 +158,19 @@ class Sweep:
         if line.strip():
             self.show(f"[{running.row.label if running else 'worker'}] {line}")
 
-    def _event(self, worker: Worker, event: Mapping[str, Any]) -> None:
+    def _estimated(self, worker: Worker, event: Mapping[str, Any]) -> None:
         running = self._workers[worker]
-        if running is None:
-            return
-        if event["event"] == "estimate":
+        if running is not None:
             running.trains_since = time.monotonic()
             self.seconds[running.row.number] = float(event["seconds"])
             self._announce()
+
+    def _ended(self, worker: Worker, event: Mapping[str, Any]) -> None:
+        for line in worker.lines(worker.output)[0]:  # what it logged before
+            self._line(worker, line)
+        running = self._workers[worker]
+        if running is None:
             return
-        self._read_output(worker)  # what it logged before
         if event["event"] == "done":
             self.done += 1
             self.seconds[running.row.number] = float(event["seconds"])
@@ -186,8 +192,7 @@ class Sweep:
 
     def _end(self, worker: Worker) -> None:
         """Takes a worker out of use; a row that it still had in its hands has failed."""
-        self._read_events(worker)
-        self._read_output(worker)
+        self._read(worker)
         for handle in (worker.output, worker.events):
             self._forget(handle)
         how = worker.end()

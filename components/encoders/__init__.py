@@ -114,7 +114,7 @@ def colors(*, image_size: Size = 64, cell: Size = 16, detail: Size = 4) -> Encod
     For drawn pictures on white such as data=scenes, where features are to cost nothing and hide nothing.
     image_size: side in pixels, a multiple of `cell`; detail: values of ink along a side of a cell.
     """
-    from components.encoders.colors import ColorEncoder
+    from components.encoders.color_cells import ColorEncoder
 
     return ColorEncoder(image_size=image_size, cell=cell, detail=detail)
 
