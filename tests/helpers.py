@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -120,3 +121,13 @@ def take(batch: Batch, model: VisualRWKV, i: int) -> Batch:
         batch.keys[i : i + 1],
         pixels=batch.pixels[at : at + 1] if has else None,
     )
+
+
+def refusal(call: Callable[[], int], capsys: pytest.CaptureFixture[str]) -> str:
+    """What a run that fails says, as an error or on stderr."""
+    try:
+        code = call()
+    except ValueError as error:
+        return str(error)
+    assert code != 0
+    return capsys.readouterr().err

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import refusal
 from toolkit import data, run
 
 ENCODER = ["encoder=lite0", "projector.tokens=4"]
@@ -85,16 +86,6 @@ def test_another_encoder_is_refused_by_one_sentence(stored, tmp_path, words, mes
     said = refusal(lambda: launch(stored, tmp_path / "r", *shards(stored), *words), capsys)
     assert f"split 'train' ({stored / 'f' / 'train'}) holds features" in said
     assert message in said
-
-
-def refusal(call, capsys) -> str:
-    """What a run that fails says, as an error or on stderr."""
-    try:
-        code = call()
-    except ValueError as error:
-        return str(error)
-    assert code != 0
-    return capsys.readouterr().err
 
 
 def test_other_weights_and_another_transform_are_noticed(stored, tmp_path, capsys):

