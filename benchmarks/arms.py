@@ -91,7 +91,7 @@ class Arm:
         select_trainable(task.model, stage.conf.train, stage.conf.freeze, stage=stage.name)
         task.model.train()
         if self._data is None:
-            self._data = resident.load(stage.apart, task.device)
+            self._data = resident.load(stage.feed.apart, task.device)
         made = graphs.Steps(
             task.model,
             self._data,
@@ -128,6 +128,7 @@ class Arm:
                 name=stage.name,
                 conf=task.conf,
                 steps=count,
+                accumulate=part.accumulate(task.conf.hardware),
                 first_step=0,
                 logger=[],
                 folder=task.run.path,

@@ -52,6 +52,11 @@ class StepSampler(Sampler[list[Slot]]):
                 yield slots[start : start + self._micro]
 
 
+def per_step(plan: Steps | Packed, *, world: int = 1, micro: int = 0) -> int:
+    """Micro batches of a rank and global step of `train_loader`."""
+    return _sampler(plan, 0, 0, rank=0, world=world, micro=micro).per_step
+
+
 class GroupSampler(Sampler[list[Slot]]):
     """The groups of one rank as micro batches, for global steps start_step to end_step - 1 of a packing."""
 
@@ -101,18 +106,22 @@ def train_loader(
     """
     if plan.n != len(examples):
         raise ValueError(f"the plan is for {plan.n:,} examples, the data set has {len(examples):,}")
-    sampler: StepSampler | GroupSampler
-    if isinstance(plan, Packed):
-        if micro:
-            raise ValueError(
-                f"hardware.micro_batch={micro}: groups within a token budget are micro batches already; use 0"
-            )
-        sampler = GroupSampler(plan, start_step=start_step, end_step=end_step, rank=rank, world=world)
-    else:
-        sampler = StepSampler(
+    sampler = _sampler(plan, start_step, end_step, rank=rank, world=world, micro=micro)
+    return _loader(examples, sampler, workers=workers, multiple=multiple, pin_memory=pin_memory)
+
+
+def _sampler(
+    plan: Steps | Packed, start_step: int, end_step: int, *, rank: int, world: int, micro: int
+) -> StepSampler | GroupSampler:
+    if not isinstance(plan, Packed):
+        return StepSampler(
             plan, start_step=start_step, end_step=end_step, rank=rank, world=world, micro=micro
         )
-    return _loader(examples, sampler, workers=workers, multiple=multiple, pin_memory=pin_memory)
+    if micro:
+        raise ValueError(
+            f"hardware.micro_batch={micro}: groups within a token budget are micro batches already; use 0"
+        )
+    return GroupSampler(plan, start_step=start_step, end_step=end_step, rank=rank, world=world)
 
 
 def eval_loader(

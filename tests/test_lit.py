@@ -40,8 +40,10 @@ def test_schedule_warms_up_then_follows_a_cosine_to_its_end() -> None:
 
 
 def test_stage_length_in_steps_or_epochs() -> None:
-    assert stage_steps(StageConf(steps=7), 1000, name="tune") == 7
-    assert stage_steps(StageConf(steps=0, epochs=2, global_batch=64), 1000, name="tune") == 32
+    assert stage_steps(StageConf(steps=7), 16, name="tune") == 7
+    assert stage_steps(StageConf(steps=0, epochs=2), 16, name="tune") == 32
+    with pytest.raises(ValueError, match=r"stages\.tune\.epochs=2: nobody knows .*stages\.tune\.steps=1000"):
+        stage_steps(StageConf(steps=0, epochs=2), None, name="tune")
     with pytest.raises(ValueError, match=r"stages\.tune: steps=5 and epochs=1 are both set"):
         stage_steps(StageConf(steps=5, epochs=1), 10, name="tune")
     with pytest.raises(ValueError, match=r"stages\.align: steps and epochs are both 0"):

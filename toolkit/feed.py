@@ -2,21 +2,171 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
+from data.batch import collate
 from data.dataset import Examples
 from data.joined import Joined
+from data.loader import per_step, train_loader
 from data.mixture import Mixture, Source
 from data.packing import Bucketed
-from data.plan import Ints, Plan, Steps
+from data.plan import Ints, Plan, Resumable, Steps
+from data.policy import Counted, Guarded, reported
+from toolkit.contracts import Batch
 from toolkit.corpus import Corpus, shares
 from toolkit.model import VisualRWKV
 from toolkit.schema import RunConf
 from toolkit.scoring import examples
 
 _BYTES_PER_TOKEN = 4
+
+PLANNED = {
+    "mode": "plan",
+    "exactly_once": "yes: each sample once an epoch, the tail filled at weight 0",
+    "order": "depends on data and seed alone",
+    "resume": "goes on with the very next sample",
+    "integrity": "a checksum of every member",
+    "steps": "equal on all ranks",
+}
+"""What a run that reads by plan says of its data, in the words of its result file."""
+
+
+class Feed(Protocol):
+    """What a stage trains on, however it is read."""
+
+    @property
+    def plan(self) -> Resumable:
+        """The order of the samples; its state is the number of the next step."""
+
+    @property
+    def apart(self) -> Any:
+        """The data once more, for what is tried before training; None where there is no other."""
+
+    @property
+    def features(self) -> Any:
+        """The table of a frozen encoder's features, None if pictures are encoded in each step."""
+
+    @property
+    def eager(self) -> str:
+        """Why its steps cannot be a CUDA graph, "" if they can."""
+
+    @property
+    def mode(self) -> dict[str, str]:
+        """What this way of reading promises, for the result file."""
+
+    @property
+    def left_out(self) -> int:
+        """Overlong samples served with weight 0 so far."""
+
+    @property
+    def report(self) -> Path:
+        """The file that lists samples left out."""
+
+    @property
+    def reported(self) -> int:
+        """Samples in that file."""
+
+    def loader(
+        self,
+        *,
+        start_step: int,
+        end_step: int,
+        rank: int = 0,
+        world: int = 1,
+        micro: int = 0,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> Iterable[Batch]:
+        """Micro batches of steps start_step to end_step - 1 for one rank, equally many on every rank."""
+
+    def per_step(self, *, world: int = 1, micro: int = 0) -> int:
+        """Micro batches of a rank and step."""
+
+    def first(self, samples: int) -> Batch:
+        """A batch of so many samples, about those of the first step, that leaves no trace in training."""
+
+
+@dataclass(frozen=True)
+class Planned:
+    """Samples in an order that a plan gives. apart: the same data once more, for what is tried before."""
+
+    plan: Any
+    dataset: Guarded
+    apart: Guarded
+
+    @property
+    def features(self) -> Any:
+        return self.apart.features
+
+    @property
+    def report(self) -> Path:
+        return self.dataset.report
+
+    @property
+    def eager(self) -> str:
+        return ""
+
+    def loader(
+        self,
+        *,
+        start_step: int,
+        end_step: int,
+        rank: int = 0,
+        world: int = 1,
+        micro: int = 0,
+        workers: int = 0,
+        pin_memory: bool = False,
+    ) -> Counted:
+        made = train_loader(
+            self.dataset,
+            self.plan,
+            start_step=start_step,
+            end_step=end_step,
+            rank=rank,
+            world=world,
+            micro=micro,
+            workers=workers,
+            pin_memory=pin_memory,
+        )
+        return Counted(made, self.plan, first_step=start_step, report=self.report)
+
+    def per_step(self, *, world: int = 1, micro: int = 0) -> int:
+        return per_step(self.plan, world=world, micro=micro)
+
+    def first(self, samples: int) -> Batch:
+        items, _ = self.plan.step(0)
+        read = self.apart.__getitems__([(int(j), 1.0) for j in items[:samples]])
+        return collate(read, features=self.apart.features)
+
+    @property
+    def left_out(self) -> int:
+        return self.dataset.left_out
+
+    @property
+    def reported(self) -> int:
+        return len(reported(self.report))
+
+    @property
+    def mode(self) -> dict[str, str]:
+        return PLANNED
+
+
+def feed(conf: RunConf, corpus: Corpus, name: str, model: VisualRWKV, features: Any, folder: Path) -> Feed:
+    """What a stage trains on. folder: for the report. Raises ValueError naming the key for what cannot be."""
+    read = splits(conf, name)
+    strict = any(corpus.policy(split) == "strict" for split in read)
+    report = folder / f"left_out-{'+'.join(read)}.jsonl"
+
+    def guarded() -> Guarded:
+        made: Any = samples(conf, corpus, name, model, features)
+        return Guarded(made, policy="strict" if strict else "tolerant", report=report)
+
+    return Planned(order(conf, corpus, name, n_image=model.n_image), guarded(), guarded())
 
 
 def samples(

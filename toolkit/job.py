@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 import kernels
-from data.policy import readable, reported
+from data.policy import readable
 from data.tokens import WorldTokenizer
 from toolkit import checkpoint, curve, metrics
 from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
@@ -33,6 +33,9 @@ from toolkit.train import (
 )
 
 log = logging.getLogger("toolkit.run")
+
+_KEPT = ("steps", "left_out", "reported", "training", "data_mode")
+"""What finished weights tell of their training."""
 
 
 def run_job(
@@ -155,7 +158,7 @@ def train(
     if run.weights.exists():
         facts = checkpoint.load(run.weights, model)
         log.info("training was finished before: weights from %s", run.weights)
-        return {key: facts[key] for key in ("steps", "left_out", "reported", "training") if key in facts}
+        return {key: facts[key] for key in _KEPT if key in facts}
     logger = loggers(run.path, task.conf.log)
     run.curve.unlink(missing_ok=True)
     stages = planned(task)
@@ -176,15 +179,16 @@ def train(
         left -= each * stage.samples
         after = max(0.0, left) / max(1e-9, each * stage.conf.global_batch)
         fit(task, stage, steps, logger=logger, last=stage is stages[-1], after=after)
-    left_out = sum(stage.dataset.left_out for stage in stages)
+    left_out = sum(stage.feed.left_out for stage in stages)
     if left_out:
         log.warning("%d overlong samples had no answer within model.ctx_len and were left out", left_out)
-    rows = sum(len(reported(report)) for report in {stage.dataset.report for stage in stages})
+    rows = sum({stage.feed.report: stage.feed.reported for stage in stages}.values())
     done = {
         "steps": stages[-1].first_step + stages[-1].steps,
         "left_out": left_out,
         "reported": rows,
         "training": modes,
+        "data_mode": {stage.name: stage.feed.mode for stage in stages},
     }
     checkpoint.save(run.weights, model, parts=parts, facts=done)
     return done
@@ -217,6 +221,7 @@ def fit(
         conf=conf,
         steps=stage.steps,
         first_step=stage.first_step,
+        accumulate=stage.accumulate(conf.hardware),
         logger=logger,
         folder=task.run.path,
         callbacks=points,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,9 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data.batch import collate
-from data.loader import train_loader
-from data.policy import Counted, Guarded
 from toolkit import estimate, feed, graphs, resident
 from toolkit.contracts import Batch
 from toolkit.corpus import Corpus
@@ -46,17 +43,11 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, ready to train. first_step: optimizer steps of the stages before it.
-
-    dataset: samples under the policy for damaged ones (data.policy). plan: their order, a data.plan.Steps.
-    apart: the same data once more, for what is tried before; what it counts and keeps is not training's.
-    """
+    """One stage, ready to train. first_step: optimizer steps of the stages before it."""
 
     name: str
     conf: StageConf
-    dataset: Any
-    apart: Any
-    plan: Any
+    feed: feed.Feed
     steps: int
     first_step: int
 
@@ -64,55 +55,56 @@ class Stage:
     def samples(self) -> int:
         return self.steps * self.conf.global_batch
 
-    def loader(self, hardware: HardwareConf, *, pin_memory: bool = False) -> Counted:
-        """Micro batches of all steps."""
-        loader = train_loader(
-            self.dataset,
-            self.plan,
-            start_step=0,
+    @property
+    def plan(self) -> Any:
+        """The order of the samples; its state is the number of the next step."""
+        return self.feed.plan
+
+    def loader(
+        self,
+        hardware: HardwareConf,
+        *,
+        start_step: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        pin_memory: bool = False,
+    ) -> Iterable[Batch]:
+        """Micro batches of the steps from start_step on, for one of `world` ranks."""
+        return self.feed.loader(
+            start_step=start_step,
             end_step=self.steps,
-            micro=micro_batch(self.conf, hardware, name=self.name),
+            rank=rank,
+            world=world,
+            micro=hardware.micro_batch,
             workers=hardware.workers,
             pin_memory=pin_memory,
         )
-        return Counted(loader, self.plan, first_step=0, report=self.dataset.report)
 
-    def first(self, samples: int) -> Batch:
-        """A batch of so many samples of the first step, from the data kept apart."""
-        items, _ = self.plan.step(0)
-        read = self.apart.__getitems__([(int(j), 1.0) for j in items[:samples]])
-        return collate(read, features=self.apart.features)
+    def accumulate(self, hardware: HardwareConf, *, world: int = 1) -> int:
+        """Micro batches of a rank and step."""
+        return self.feed.per_step(world=world, micro=hardware.micro_batch)
 
 
 def planned(task: Task) -> list[Stage]:
     """Every stage in its order."""
     stages: list[Stage] = []
     for name, stage in task.conf.stages.items():
-        dataset = _dataset(task, name)
+        made = feed.feed(task.conf, task.corpus, name, task.model, task.features, task.run.path)
         first = stages[-1].first_step + stages[-1].steps if stages else 0
-        plan = feed.order(task.conf, task.corpus, name, n_image=task.model.n_image)
-        steps = stage_steps(stage, len(dataset), name=name)
-        stages.append(Stage(name, stage, dataset, _dataset(task, name), plan, steps, first))
+        steps = stage_steps(stage, made.plan.steps_per_epoch, name=name)
+        stages.append(Stage(name, stage, made, steps, first))
     return stages
-
-
-def _dataset(task: Task, name: str) -> Guarded:
-    splits = feed.splits(task.conf, name)
-    made: Any = feed.samples(task.conf, task.corpus, name, task.model, task.features)
-    strict = any(task.corpus.policy(split) == "strict" for split in splits)
-    report = task.run.path / f"left_out-{'+'.join(splits)}.jsonl"
-    return Guarded(made, policy="strict" if strict else "tolerant", report=report)
 
 
 def captured(task: Task, stage: Stage) -> tuple[graphs.Steps | None, float, str]:
     """(steps as a CUDA graph, seconds of one, "graph"), or (None, 0, "eager: " and why)."""
     conf = task.conf
-    why = graphs.obstacle(conf.hardware, stage.conf, stage.apart.features, task.device)
+    why = graphs.obstacle(conf.hardware, stage.conf, stage.feed.features, task.device)
     if not why:
         try:
             steps = graphs.Steps(
                 task.model,
-                resident.load(stage.apart, task.device),
+                resident.load(stage.feed.apart, task.device),
                 stage.plan,
                 stage=stage.conf,
                 loss=conf.loss,
@@ -135,7 +127,7 @@ def step_seconds(task: Task, stage: Stage) -> tuple[float, bool]:
         _SECONDS[arm] = estimate.training_step(
             task.model,
             partial(_loss, task.model, conf),
-            lambda samples: to_device(stage.first(samples), task.device),
+            lambda samples: to_device(stage.feed.first(samples), task.device),
             size,
             optimizer=partial(adamw, stage=stage.conf),
             accumulate=stage.conf.global_batch // size,

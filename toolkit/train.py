@@ -71,13 +71,18 @@ def prepare(hardware: HardwareConf, seed: int) -> None:
         logging.getLogger(logger).setLevel(logging.WARNING)
 
 
-def stage_steps(stage: StageConf, n_samples: int, *, name: str) -> int:
-    """Optimizer steps of a stage: `steps`, or as many as `epochs` passes over n_samples take."""
+def stage_steps(stage: StageConf, per_epoch: int | None, *, name: str) -> int:
+    """Optimizer steps of a stage: `steps`, or those of `epochs` passes of so many steps, None if unknown."""
     if stage.steps and stage.epochs:
         raise ValueError(
             f"stages.{name}: steps={stage.steps} and epochs={stage.epochs:g} are both set; set one to 0"
         )
-    steps = stage.steps or math.ceil(stage.epochs * math.ceil(n_samples / stage.global_batch))
+    if stage.epochs and per_epoch is None:
+        raise ValueError(
+            f"stages.{name}.epochs={stage.epochs:g}: nobody knows how many samples a stream has; write "
+            f"stages.{name}.epochs=0 stages.{name}.steps=1000"
+        )
+    steps = stage.steps or math.ceil(stage.epochs * (per_epoch or 0))
     if not steps:
         raise ValueError(f"stages.{name}: steps and epochs are both 0; write stages.{name}.steps=1000")
     return steps
@@ -111,6 +116,7 @@ def fit_stage(
     conf: RunConf,
     steps: int,
     first_step: int,
+    accumulate: int,
     logger: list[Logger],
     folder: Path,
     callbacks: Sequence[L.Callback] = (),
@@ -118,10 +124,10 @@ def fit_stage(
 ) -> None:
     """Trains one stage for `steps` optimizer steps; the loader yields micro batches for all of them.
 
-    after: what follows this stage, in its steps, for the time that progress tells.
+    accumulate: micro batches of a step. after: what follows this stage, in its steps, for the time that
+    progress tells.
     """
     stage = conf.stages[name]
-    size = micro_batch(stage, conf.hardware, name=name)
     module = StageModule(model, stage=stage, loss=conf.loss, steps=steps, first_step=first_step)
     with warnings.catch_warnings():
         # Lightning's advice for other set-ups (more workers, log folder, frozen modules in eval mode).
@@ -131,7 +137,7 @@ def fit_stage(
             accelerator="gpu" if device_of(conf.hardware).type == "cuda" else "cpu",
             devices=1,
             precision=PRECISION[conf.hardware.precision],
-            accumulate_grad_batches=stage.global_batch // size,
+            accumulate_grad_batches=accumulate,
             gradient_clip_val=stage.grad_clip or None,
             logger=logger,
             log_every_n_steps=min(conf.log.every, steps),
