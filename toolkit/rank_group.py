@@ -1,0 +1,217 @@
+"""The group of processes that one run trains on: how they meet, and how all of them end when one does."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from data.cluster import Place, place
+
+log = logging.getLogger("toolkit.ranks")
+
+MEETING = timedelta(minutes=10)
+"""How long the first process waits for the last one to start."""
+
+COLLECTIVE = timedelta(minutes=30)
+"""How long a step may wait for the slowest rank: its storage may be trying again."""
+
+_FAILED, _HEARD, _LEFT = "toolkit/failed", "toolkit/heard", "toolkit/left"
+_EVERY = 0.2  # seconds between two looks for a failure
+_GRACE = 10.0  # seconds in which a process ends by itself after a failure
+_GRACE_STOPPED = 120.0  # the same where a run was asked to stop, as it may be saving
+
+
+class RankFailed(ValueError):
+    """Another rank ended the run; the message says which, where and why. code: exit code of the process."""
+
+    def __init__(self, failure: dict[str, Any]) -> None:
+        self.code = int(failure["code"])
+        super().__init__(told(failure))
+
+
+@dataclass
+class Group:
+    """One process's side. meetings: how often the ranks have met; failure: what ended the run, once known."""
+
+    place: Place
+    store: Any
+    last_words: Callable[[str], None]
+    meetings: int = 0
+    failure: dict[str, Any] | None = None
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+_group: Group | None = None
+_doing = ""
+
+
+def current() -> Group | None:
+    """The group of this process, None if it is alone."""
+    return _group
+
+
+def doing(what: str) -> None:
+    """Notes what this process is at (`stage tune, step 17`), for the message if it fails there."""
+    global _doing
+    _doing = what
+
+
+@contextmanager
+def joined(*, cuda: bool, last_words: Callable[[str], None] = lambda text: None) -> Iterator[Place]:
+    """Joins the processes that the launcher started; with one process nothing happens.
+
+    An exception inside is told to every rank, and all of them end within seconds: those that wait here raise
+    RankFailed, those that hang in a collective are ended. A rank that is to end in good order (after saving)
+    must meet the others at a `barrier` before. cuda: whether tensors on GPUs are exchanged. last_words:
+    called on rank 0 with the reason if it is ended while it hangs.
+    """
+    global _group
+    found = place()
+    if found.world == 1:
+        yield found
+        return
+    _group = group = _meet(found, cuda, last_words)
+    try:
+        yield found
+        met = meeting(group)
+        group.store.add(met, 1)
+        wait(group, lambda: group.store.add(met, 0) == found.world)
+    except BaseException as error:
+        _tell(group, error)
+        raise
+    _leave(group)
+    _group = None
+
+
+def _meet(found: Place, cuda: bool, last_words: Callable[[str], None]) -> Group:
+    import torch.distributed as dist
+    from torch.distributed.rendezvous import rendezvous
+
+    assert found.master is not None
+    host, port = found.master
+    address = f"tcp://{host}:{port}"
+    try:
+        meet = rendezvous(address, rank=found.rank, world_size=found.world, timeout=MEETING)
+        store, rank, world = next(iter(meet))
+        # Numbers and texts go by gloo, so that no collective on a GPU has to wait for them.
+        backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=COLLECTIVE)
+    except RuntimeError as error:
+        raise ValueError(
+            f"rank {found.rank} of {found.world} could not meet the others at {host}:{port}: {error}; start "
+            "all of them, and let the nodes reach that address (MASTER_ADDR, MASTER_PORT choose another)"
+        ) from error
+    group = Group(found, store, last_words)
+    threading.Thread(target=_watch, args=(group, store.clone()), name="ranks", daemon=True).start()
+    return group
+
+
+def _leave(group: Group) -> None:
+    import torch.distributed as dist
+
+    group.ended.set()
+    dist.destroy_process_group()
+    # Rank 0 may hold the store that the others are still reading.
+    if group.place.rank:
+        group.store.add(_LEFT, 1)
+        return
+    until = time.monotonic() + _GRACE
+    while group.store.add(_LEFT, 0) < group.place.world - 1 and time.monotonic() < until:
+        time.sleep(0.01)
+
+
+def _watch(group: Group, store: Any) -> None:
+    """Looks whether a rank has failed, and ends this process if it does not do so itself."""
+    while not group.ended.wait(_EVERY):
+        try:
+            if not store.check([_FAILED]):
+                continue
+            failure = json.loads(store.get(_FAILED))
+            if failure["rank"] != group.place.rank:
+                store.add(_HEARD, 1)
+        except RuntimeError:
+            if group.ended.is_set():
+                return
+            failure = _gone()
+        group.failure = failure
+        if not group.ended.wait(_GRACE if failure["code"] == 1 else _GRACE_STOPPED):
+            if group.place.rank == 0:
+                group.last_words(told(failure))
+            log.error("rank %d is ended: %s", group.place.rank, told(failure))
+            os._exit(failure["code"])
+
+
+def _gone() -> dict[str, Any]:
+    return {"rank": 0, "doing": "", "error": "ended without a word", "code": 1}
+
+
+def _tell(group: Group, error: BaseException) -> None:
+    """Tells the others why this rank ends, unless another has ended the run, and waits until they heard."""
+    if isinstance(error, RankFailed):
+        return
+    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
+    if isinstance(error, KeyboardInterrupt):
+        code = 130
+    mine = {"rank": group.place.rank, "doing": _doing, "error": _named(error), "code": code}
+    try:
+        kept = json.loads(group.store.compare_set(_FAILED, "", json.dumps(mine)))
+        if kept != mine:
+            return
+        log.error("%s", told(mine))
+        until = time.monotonic() + _GRACE / 2
+        while group.store.add(_HEARD, 0) < group.place.world - 1 and time.monotonic() < until:
+            time.sleep(0.05)
+    except RuntimeError:
+        log.warning("rank %d could not tell the others that it ends", group.place.rank)
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def told(failure: dict[str, Any]) -> str:
+    """`rank 1, stage tune, step 17: DamagedSample: ...`."""
+    where = ", ".join(part for part in (f"rank {failure['rank']}", failure["doing"]) if part)
+    return f"{where}: {failure['error']}"
+
+
+def cause(error: BaseException) -> BaseException:
+    """What ended the run: `error`, or the failure of another rank that it came from."""
+    if _group is None or isinstance(error, RankFailed):
+        return error
+    if _group.failure is None:
+        try:
+            if _group.store.check([_FAILED]):
+                _group.failure = json.loads(_group.store.get(_FAILED))
+        except RuntimeError:
+            return error
+    found = _group.failure
+    return error if found is None or found["rank"] == _group.place.rank else RankFailed(found)
+
+
+def wait(group: Group, ready: Callable[[], bool]) -> None:
+    pause = 0.002
+    while True:
+        try:
+            if ready():
+                return
+        except RuntimeError as error:
+            raise RankFailed(group.failure or _gone()) from error
+        if group.failure is not None:
+            raise RankFailed(group.failure)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.1)
+
+
+def meeting(group: Group) -> str:
+    """A key that this and the same call of every other rank share."""
+    group.meetings += 1
+    return f"toolkit/meeting/{group.meetings}"
