@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import Logger
 
 import kernels
+from data.cluster import Place
 from data.policy import readable
 from data.tokens import WorldTokenizer
-from toolkit import checkpoint, curve, metrics
+from toolkit import checkpoint, curve, metrics, ranks
 from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
 from toolkit.corpus import Corpus
 from toolkit.evaluate import as_jsonl
 from toolkit.graphs import Steps
+from toolkit.left_out import merged
 from toolkit.model import VisualRWKV
+from toolkit.ranks import RankFailed
 from toolkit.rundir import RunDir, provenance, write_json, write_text
 from toolkit.schema import RunConf
 from toolkit.scoring import chosen_by, evaluate, floors, probes, scored_examples
@@ -29,8 +35,9 @@ from toolkit.train import (
     fit_stage,
     loggers,
     prepare,
-    refuse_several_processes,
 )
+from toolkit.waits import Waits
+from toolkit.waits import summary as summary_of_waits
 
 log = logging.getLogger("toolkit.run")
 
@@ -49,37 +56,65 @@ def run_job(
 
     on_estimate: called before training with the seconds that this run will take from there.
     """
-    refuse_several_processes()
     conf = from_dict(cfg)
     run = RunDir(Path(conf.paths.runs).expanduser(), cfg)
-    with run.lock():
-        done = run.finished()
+    with _held(conf, run) as place:
+        done: dict[str, Any] | None = ranks.shared(run.finished)
         if done is not None:
             log.info("%s is already done: accuracy %.2f %%", run.path, 100 * done["accuracy"])
             return done
         began = time.monotonic()
-        write_text(run.config, _yaml(cfg))
-        run.note("running", recipe=recipe, **provenance(argv))
-        try:
-            result = execute(conf, run, on_estimate=on_estimate)
-        except (KeyboardInterrupt, SystemExit):
-            run.note("stopped")
-            raise
-        except BaseException as error:
-            run.note("failed", error=f"{type(error).__name__}: {error}")
-            raise
-        result = {
-            "recipe": recipe,
-            "title": conf.title,
-            "seed": conf.seed,
-            **result,
-            "seconds": round(time.monotonic() - began, 1),
-            **{k: v for k, v in provenance(argv).items() if k in ("commit", "dirty", "versions", "machine")},
-        }
-        write_json(run.result, result)
-        run.note("done")
+        with _noted(run, recipe=recipe, **provenance(argv)):
+            if ranks.main():
+                write_text(run.config, _yaml(cfg))
+            made = execute(conf, run, on_estimate=on_estimate)
+            facts = provenance(argv)
+            result = {
+                "recipe": recipe,
+                "title": conf.title,
+                "seed": conf.seed,
+                **made,
+                "ranks": {"world": place.world, "launcher": place.launcher},
+                "seconds": round(time.monotonic() - began, 1),
+                **{k: facts[k] for k in ("commit", "dirty", "versions", "machine")},
+            }
+            if ranks.main():
+                write_json(run.result, result)
     log.info("%s", closing_line(run.path, result))
     return result
+
+
+@contextmanager
+def _held(conf: RunConf, run: RunDir) -> Iterator[Place]:
+    """Every process of the run inside, the run's directory locked by rank 0."""
+    cuda = conf.hardware.device != "cpu" and torch.cuda.is_available()
+    with (
+        ranks.joined(cuda=cuda, last_words=lambda text: run.note("failed", error=text)) as place,
+        run.lock() if ranks.main() else nullcontext(),
+    ):
+        yield place
+
+
+@contextmanager
+def _noted(run: RunDir, **facts: Any) -> Iterator[None]:
+    """Notes in status.json that the block runs and how it ended, whichever rank ended it."""
+    note = run.note if ranks.main() else lambda state, **facts: None
+    note("running", **facts)
+    try:
+        yield
+    except BaseException as raised:
+        error = ranks.cause(raised)
+        code = error.code if isinstance(error, RankFailed) else 1
+        if isinstance(error, (KeyboardInterrupt, SystemExit)) or code != 1:
+            note("stopped")
+        elif isinstance(error, RankFailed):
+            note("failed", error=str(error))
+        else:
+            note("failed", error=f"{type(error).__name__}: {error}")
+        if error is raised:
+            raise
+        raise error from raised
+    note("done")
 
 
 def execute(
@@ -94,20 +129,23 @@ def execute(
     prepare(conf.hardware, conf.seed)
     choose_kernels(conf.hardware, device)
     log.info("run directory %s", run.path)
-    corpus = Corpus(conf)
-    corpus.tokenizer.save(run.path / "vocabulary.json")
+    corpus = ranks.in_turn(partial(Corpus, conf))
+    if ranks.main():
+        corpus.tokenizer.save(run.path / "vocabulary.json")
     model = build_model(conf, vocab_size=corpus.tokenizer.size, device=device).to(device)
     parts = learning_parts(conf, model)
     facts: dict[str, Any] = {"parameters": parameters_by_part(model), "learning": parts}
     with Timer(facts, "feature_seconds"):
-        features = corpus.features(model, device)
+        made = partial(corpus.features, model, device)
+        features = made() if conf.features.cache == "memory" else ranks.in_turn(made)
     with Timer(facts, "train_seconds"):
         task = Task(conf, run, corpus, model, features, device)
         facts |= train(task, parts, on_estimate=on_estimate)
     with Timer(facts, "eval_seconds"):
         predictions = evaluate(conf, corpus, model, features, device)
         facts |= chosen_by(conf, corpus, model, features, device)
-    write_text(run.predictions / f"{conf.eval.split}.jsonl", as_jsonl(predictions))
+    if ranks.main():
+        write_text(run.predictions / f"{conf.eval.split}.jsonl", as_jsonl(predictions))
     learned_from = list(conf.stages.values())[-1].split
     return {
         **metrics.summary(predictions),
@@ -118,6 +156,7 @@ def execute(
         "image_tokens": model.n_image,
         **facts,
         "curve": curve.read(run.curve),
+        "data_wait": summary_of_waits(run.waits),
         "vocabulary": corpus.tokenizer.size,
         "data": {split: reader.manifest_hash for split, reader in corpus.readers.items()},
         "kernels": kernels.chosen(),
@@ -155,12 +194,15 @@ def train(
     the steps of each stage ran.
     """
     run, model = task.run, task.model
-    if run.weights.exists():
-        facts = checkpoint.load(run.weights, model)
+    if ranks.shared(run.weights.exists):
+        facts = ranks.shared(partial(checkpoint.load, run.weights, model))
+        ranks.same(model.parameters())
         log.info("training was finished before: weights from %s", run.weights)
         return {key: facts[key] for key in _KEPT if key in facts}
     logger = loggers(run.path, task.conf.log)
-    run.curve.unlink(missing_ok=True)
+    if ranks.main():
+        run.curve.unlink(missing_ok=True)
+        run.waits.unlink(missing_ok=True)
     stages = planned(task)
     modes: dict[str, str] = {}
     left = each = 0.0  # seconds, of all that is to come and of one sample
@@ -179,10 +221,10 @@ def train(
         left -= each * stage.samples
         after = max(0.0, left) / max(1e-9, each * stage.conf.global_batch)
         fit(task, stage, steps, logger=logger, last=stage is stages[-1], after=after)
-    left_out = sum(stage.feed.left_out for stage in stages)
+    left_out = sum(one for (one,) in ranks.numbers(sum(stage.feed.left_out for stage in stages)))
     if left_out:
         log.warning("%d overlong samples had no answer within model.ctx_len and were left out", left_out)
-    rows = sum({stage.feed.report: stage.feed.reported for stage in stages}.values())
+    rows = sum(merged(report) for report in dict.fromkeys(stage.feed.report for stage in stages))
     done = {
         "steps": stages[-1].first_step + stages[-1].steps,
         "left_out": left_out,
@@ -190,7 +232,9 @@ def train(
         "training": modes,
         "data_mode": {stage.name: stage.feed.mode for stage in stages},
     }
-    checkpoint.save(run.weights, model, parts=parts, facts=done)
+    if ranks.main():
+        checkpoint.save(run.weights, model, parts=parts, facts=done)
+    ranks.barrier()
     return done
 
 
@@ -214,17 +258,22 @@ def fit(
             stage.name, first_step=stage.first_step, logger=logger, every=every, probes=points, after=after
         )
         return
+    waits = Waits(task.run.waits, first_step=stage.first_step, every=conf.log.every)
     fit_stage(
         task.model,
-        stage.loader(conf.hardware, pin_memory=task.device.type == "cuda"),
+        waits.timed(
+            stage.loader(
+                conf.hardware, rank=ranks.rank(), world=ranks.world(), pin_memory=task.device.type == "cuda"
+            )
+        ),
         name=stage.name,
         conf=conf,
         steps=stage.steps,
         first_step=stage.first_step,
-        accumulate=stage.accumulate(conf.hardware),
+        accumulate=stage.accumulate(conf.hardware, world=ranks.world()),
         logger=logger,
         folder=task.run.path,
-        callbacks=points,
+        callbacks=[waits, *points],
         after=after,
     )
 

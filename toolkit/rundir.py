@@ -88,6 +88,7 @@ class RunDir:
         self.status = self.path / "status.json"
         self.weights = self.path / "checkpoints" / "last"
         self.curve = self.path / "accuracy.jsonl"
+        self.waits = self.path / "waits.csv"
         self.predictions = self.path / "predictions"
 
     @classmethod
