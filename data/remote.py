@@ -125,6 +125,10 @@ class Remote:
     def whole(self, name: str) -> bytes:
         return bytes(self._tried(name, lambda: self.fs.cat_file(self.url(name))))
 
+    def opened(self, name: str) -> Any:
+        """A file to be read from its begin. Opening it is tried again, reading is not."""
+        return self._tried(name, lambda: self.fs.open(self.url(name), "rb"))
+
     def part(self, name: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file."""
 

@@ -2,65 +2,31 @@
 
 from __future__ import annotations
 
-import json
-import logging
 import os
 import random
-import tarfile
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fsspec.implementations.local import LocalFileSystem
+import torch
 from torch.utils.data import get_worker_info
 
 from data.batch import collate
 from data.dataset import Examples, Sample
 from data.images import BadPicture
-from data.index import IMAGE_KINDS
+from data.passing import Passing
 from data.plan import divided
-from data.records import BadRecord, Example, dialogs_of, dump_json, parse_record
-from data.remote import Origin
+from data.records import BadRecord
+from data.stream_shards import Left, opened
 from data.streamed import GUARANTEES, Streamed
 from toolkit.contracts import Batch
 
 __all__ = ["GUARANTEES", "Streamed", "stream_loader"]
 
-log = logging.getLogger("toolkit.data")
-
-
-class Passing:
-    """The record that a stream has just read, as the reader that `Examples` asks."""
-
-    def __init__(self, layout: Mapping[str, Any] | None) -> None:
-        self._layout = layout
-        self._examples: list[Example] = []
-        self._images: list[bytes] = []
-
-    def load(self, sample: Mapping[str, Any]) -> int:
-        """Takes a sample of webdataset; returns its number of examples. Raises BadRecord."""
-        key = str(sample["__key__"])
-        where = f"{sample['__url__']}: key {key}"
-        wanted = str(self._layout["text"]) if self._layout else "json"
-        if wanted not in sample:
-            raise BadRecord(f"{where}: there is no member {key}.{wanted}")
-        pictures = [name for name in sample if name.rpartition(".")[2] in (*IMAGE_KINDS[1:], "jpeg")]
-        self._images = [sample[name] for name in sorted(pictures)]
-        n = len(self._images)
-        dialogs = dialogs_of(parse_record(sample[wanted], where, self._layout, n), where)
-        self._examples = [Example(key, d.turns, d.kind, 0, bool(n)) for d in dialogs]
-        return len(dialogs)
-
-    def example(self, j: int) -> Example:
-        return self._examples[j]
-
-    def n_images(self, i: int) -> int:
-        return len(self._images)
-
-    def image_bytes(self, i: int) -> bytes | None:
-        return self._images[0] if self._images else None
+_BAD_SAMPLES = 10_000
+"""In a row: a stream of which no sample can be read ends."""
 
 
 def stream_loader(
@@ -77,7 +43,8 @@ def stream_loader(
     multiple: int = 1,
     policy: str = "strict",
     report: Path | None = None,
-) -> Iterable[Batch]:
+    pin_memory: bool = False,
+) -> Limited:
     """Micro batches of steps start_step to end_step - 1 for one rank, equally many on every rank.
 
     options: what `Examples` takes beside the reader. policy: "tolerant" leaves samples out that cannot be
@@ -85,12 +52,7 @@ def stream_loader(
     for fewer shards than processes that walk them.
     """
     shards = source.shards()
-    share = divided(global_batch, world, what="global_batch", over="ranks")
-    size = micro or share
-    if share % size:
-        raise ValueError(
-            f"hardware.micro_batch={size} does not divide the {share} samples of a rank and step"
-        )
+    size, number = micro_batches(global_batch, world, micro)
     readers = world * max(1, workers)
     if not source.resample and len(shards) < readers:
         raise ValueError(
@@ -98,18 +60,38 @@ def stream_loader(
             "each): every process needs a shard of its own; use fewer workers, more shards, or resample=true"
         )
     wds = _webdataset()
+    reader: Any = Passing(source.layout)
+    examples = Examples(reader, **{**options, "keep_mb": 0})
+    left = Left(policy, report)
     name = f"{source.seed}:{start_step}"
     pipeline = wds.DataPipeline(
         partial(_shard_names, shards, source, name, rank, world),
-        _opened,
-        partial(wds.tariterators.tar_file_expander, handler=_Left(policy, report)),
-        partial(wds.tariterators.group_by_keys, keys=_key_and_field),
+        partial(opened, left, len(shards)),
+        partial(wds.tariterators.tar_file_expander, handler=left),
+        partial(wds.tariterators.group_by_keys, keys=_key_and_field, handler=left),
+        left.seen,
         partial(_shuffled, wds, source.shuffle, name, rank),
-        partial(_samples, source.layout, dict(options), policy, report),
+        partial(_samples, examples, reader, left),
         partial(_batches, size, multiple),
     )
-    loader = wds.WebLoader(pipeline, batch_size=None, num_workers=workers)
-    return _Limited(loader, (end_step - start_step) * (share // size))
+    # A generator of its own: making an iterator must not draw from the global random state.
+    generator = torch.Generator()
+    generator.manual_seed(0)
+    loader = wds.WebLoader(
+        pipeline, batch_size=None, num_workers=workers, generator=generator, pin_memory=pin_memory
+    )
+    return Limited(loader, (end_step - start_step) * number, examples)
+
+
+def micro_batches(global_batch: int, world: int, micro: int) -> tuple[int, int]:
+    """(samples of a micro batch, micro batches of a rank and step); ValueError for what does not divide."""
+    share = divided(global_batch, world, what="global_batch", over="ranks")
+    size = micro or share
+    if share % size:
+        raise ValueError(
+            f"hardware.micro_batch={size} does not divide the {share} samples of a rank and step"
+        )
+    return size, share // size
 
 
 def _webdataset() -> Any:
@@ -121,17 +103,26 @@ def _webdataset() -> Any:
     return webdataset
 
 
-class _Limited:
+class Limited:
     """The first n batches of an endless loader, so that all ranks end together."""
 
-    def __init__(self, loader: Iterable[Batch], n: int) -> None:
-        self._loader, self._n = loader, n
+    def __init__(self, loader: Iterable[Batch], n: int, examples: Examples) -> None:
+        self._loader, self._n, self._examples = loader, n, examples
 
     def __len__(self) -> int:
         return self._n
 
     def __iter__(self) -> Iterator[Batch]:
-        yield from islice(self._loader, self._n)
+        number = 0
+        for number, batch in enumerate(islice(self._loader, self._n), 1):  # noqa: B007
+            yield batch
+        if number < self._n:
+            raise RuntimeError(f"the stream ended after {number:,} of {self._n:,} batches")
+
+    @property
+    def left_out(self) -> int:
+        """Overlong samples served with weight 0 so far, in this process and its workers."""
+        return self._examples.left_out
 
 
 def _worker() -> tuple[int, int]:
@@ -151,18 +142,6 @@ def _shard_names(
         yield from ({"url": shard} for shard in order)
 
 
-def _opened(names: Iterable[dict[str, str]]) -> Iterator[dict[str, Any]]:
-    """Adds an open stream to each shard's name: a local file, or a URL through fsspec."""
-    systems: dict[str, Any] = {}
-    for sample in names:
-        url = sample["url"]
-        kind = url.partition("://")[0] if "://" in url else "file"
-        if kind not in systems:
-            systems[kind] = LocalFileSystem() if kind == "file" else Origin(url, "").filesystem()
-        with systems[kind].open(url, "rb") as stream:
-            yield {**sample, "stream": stream}
-
-
 def _key_and_field(name: str) -> tuple[str | None, str | None]:
     """Key and field of a member: split at the last dot, or before a number and the last dot."""
     stem, dot, kind = name.rpartition(".")
@@ -179,44 +158,10 @@ def _shuffled(wds: Any, size: int, name: str, rank: int, samples: Iterable[Any])
     return iter(wds.filters.shuffle(size, initial=size, rng=rng)(samples))
 
 
-class _Left:
-    """What a tolerant stream leaves out: a line in the report, and one in the log."""
-
-    def __init__(self, policy: str, report: Path | None) -> None:
-        self.tolerant, self.report = policy == "tolerant", report
-
-    def __call__(self, error: Exception) -> bool:
-        """As a handler of webdataset: whether to go on after an error in a shard."""
-        if not isinstance(error, (tarfile.TarError, OSError, ValueError)):
-            return False
-        shard = next(
-            (str(a) for a in reversed(error.args) if isinstance(a, str) and a.endswith(".tar")), "a shard"
-        )
-        cause = f"the rest of the shard is lost: {error.args[0] if error.args else error}"
-        if not self.tolerant:
-            raise ValueError(
-                f"{shard}: {cause}; verify the shards, or index them and read with data=shards"
-            ) from error
-        self.note({"shard": shard, "cause": cause})
-        return True
-
-    def note(self, row: dict[str, Any]) -> None:
-        log.warning("left out: %s", json.dumps(row))
-        if self.report is not None:
-            with self.report.open("ab") as file:
-                file.write(dump_json(row) + b"\n")
-
-
 def _samples(
-    layout: Mapping[str, Any] | None,
-    options: dict[str, Any],
-    policy: str,
-    report: Path | None,
-    stream: Iterable[Mapping[str, Any]],
+    examples: Examples, passing: Passing, left: Left, stream: Iterable[Mapping[str, Any]]
 ) -> Iterator[Sample]:
-    passing, left = Passing(layout), _Left(policy, report)
-    reader: Any = passing
-    examples = Examples(reader, **{**options, "keep_mb": 0})
+    in_a_row = 0
     for sample in stream:
         try:
             made = [examples[(j, 1.0)] for j in range(passing.load(sample))]
@@ -224,7 +169,11 @@ def _samples(
             if not left.tolerant:
                 raise
             left.note({"shard": sample["__url__"], "key": sample["__key__"], "cause": str(error)})
+            in_a_row += 1
+            if in_a_row == _BAD_SAMPLES:
+                raise ValueError(f"{in_a_row:,} samples in a row could not be read: {error}") from error
             continue
+        in_a_row = 0
         yield from made
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import glob
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from data.plan import Resumable
 from data.remote import scheme
 
 GUARANTEES = {
@@ -45,9 +46,10 @@ class Streamed:
                     scheme(name)
                     found.append(name)
                     continue
-                files = sorted(glob.glob(str(Path(name).expanduser())))
+                files = sorted(f for f in glob.glob(str(Path(name).expanduser())) if not Path(f).is_dir())
                 if not files:
-                    raise ValueError(f"no file is called {name}")
+                    hint = f"; name the tars in it, such as {name}/*.tar" if Path(name).is_dir() else ""
+                    raise ValueError(f"no file is called {name}{hint}")
                 found += files
         return found
 
@@ -64,3 +66,18 @@ def _braces(url: str) -> list[str]:
     else:
         names = inside.split(",")
     return [f"{before}{name}{tail}" for name in names for tail in _braces(after)]
+
+
+@dataclass(frozen=True)
+class Endless(Resumable):
+    """The order of a stream, known only as it comes: its state is the step alone, and no epoch ever ends."""
+
+    source: Streamed
+    global_batch: int
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return 1 << 62
+
+    def describe(self) -> dict[str, Any]:
+        return {"stream": 1, **asdict(self.source), "global_batch": self.global_batch}

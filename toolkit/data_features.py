@@ -75,7 +75,14 @@ def convert(config: Mapping[str, Any], out: Path, *, pool: bool = True, batch: i
     facts = {**identity(encoder, conf.encoder), **sizes, "draft": draft}
     encode = _encode(encoder, grid, device_of(conf.hardware))
     made = {}
-    for split, folder in register.bind("data", conf.data)(cache_folder(conf)).items():
+    folders = register.bind("data", conf.data)(cache_folder(conf))
+    streams = [split for split, folder in folders.items() if not isinstance(folder, Path)]
+    if streams:
+        raise ValueError(
+            f"split {streams[0]!r} is streamed, and features are kept by the number of a picture; write "
+            "python -m toolkit.data index TARS --out FOLDER, then python -m toolkit.data features FOLDER"
+        )
+    for split, folder in folders.items():
         with Bar(f"features {split}") as bar:
             made[split] = write_features(
                 ShardReader(folder),

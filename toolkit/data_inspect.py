@@ -89,8 +89,12 @@ def _readers(config: Mapping[str, object]) -> dict[str, ShardReader]:
     from toolkit.corpus import cache_folder
 
     conf = from_dict(config)
-    folders = register.bind("data", conf.data)(cache_folder(conf))
-    return {split: ShardReader(folder) for split, folder in folders.items()}
+    found = register.bind("data", conf.data)(cache_folder(conf))
+    for split, place in found.items():
+        if not isinstance(place, Path):
+            print(f"{split}: {len(place.shards()):,} tars that are streamed; their samples have no number")
+            print("  to count and see them: python -m toolkit.data index TARS --out FOLDER, inspect FOLDER")
+    return {split: ShardReader(place) for split, place in found.items() if isinstance(place, Path)}
 
 
 def inspect(readers: Mapping[str, ShardReader]) -> None:

@@ -88,7 +88,7 @@ def _floor(table: Table, kind: str) -> float | None:
     """What the question alone gives, if the runs know it for this type."""
     for run in table.runs:
         known = run.result if kind == ALL else run.result.get("floors", {}).get(kind, {})
-        if "blind" in known:
+        if known.get("blind") is not None:
             return float(known["blind"])
     return None
 

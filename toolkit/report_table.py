@@ -112,7 +112,7 @@ class Row:
         for run in self.runs:
             known = run.result if kind == ALL else run.result.get("floors", {}).get(kind)
             if known:
-                return float(max(known["majority"], known["blind"]))
+                return float(max(known["majority"], known["blind"] or 0))
         return None
 
     def steps_to(self, kind: str) -> list[float]:

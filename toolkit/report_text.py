@@ -93,8 +93,8 @@ def notes(table: Table) -> list[str]:
         )
     ]
     told.append(
-        f"Floors: majority answer {100 * first.result['majority']:.2f}, "
-        f"question only {100 * first.result['blind']:.2f}."
+        f"Floors: majority answer {_percent(first.result['majority'])}, "
+        f"question only {_percent(first.result['blind'])}."
     )
     told.append(
         "Parameters are those of the part that reads the sequence; encoder and budget are the recipe's."

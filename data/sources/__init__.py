@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from toolkit import register
 from toolkit.register import Choices, FilePath, Range
+
+if TYPE_CHECKING:
+    from data.streamed import Streamed
 
 ALL_TYPES = ["ray", "count", "edge", "at", "order"]
 
@@ -103,6 +106,41 @@ def remote(
         )
         for split, url in urls.items()
         if url
+    }
+
+
+@register.data("stream")
+def stream(
+    cache: Path,
+    *,
+    train: str,
+    test: str = "",
+    align: str = "",
+    val: str = "",
+    text: str = "auto",
+    ask: str = "Describe the image briefly.",
+    shuffle: Annotated[int, Range(0)] = 1000,
+    resample: bool = True,
+) -> dict[str, Path | Streamed]:
+    """Tars without an index for training, read from front to back by webdataset's pipeline.
+
+    train, align: paths or URLs of tars, several with `::` between; `{000..123}` and, for paths, `*` are
+    expanded. test, val: a folder of shards with an index, or its URL. text: `auto`, `json`, `txt` or
+    `json:FIELD`, and ask, are those of `python -m toolkit.data index`. shuffle: samples of the buffer from
+    which the next one is drawn. resample: shards are drawn with repetition; otherwise every process walks
+    its own part of them. Weaker guarantees than reading by an index, see docs/data-cluster.md.
+    """
+    from data.sources.from_stream import folder, streamed
+
+    tars = {"train": train, "align": align}
+    scored = {"test": test, "val": val}
+    return {
+        **{
+            split: streamed(split, urls, text=text, ask=ask, shuffle=shuffle, resample=resample)
+            for split, urls in tars.items()
+            if urls
+        },
+        **{split: folder(split, place, cache) for split, place in scored.items() if place},
     }
 
 
