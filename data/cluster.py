@@ -44,6 +44,18 @@ def place(environ: Mapping[str, str] = os.environ) -> Place:
     return Place(*torch, "torchrun", _torch_master(environ) if torch[1] > 1 else None)
 
 
+def gpu(found: Place, visible: int) -> int:
+    """The number of this process's GPU among the visible ones; SLURM may show each process only its own."""
+    if found.local_rank < visible:
+        return found.local_rank
+    if visible == 1 and found.launcher == "slurm":
+        return 0
+    raise ValueError(
+        f"local rank {found.local_rank} has no GPU of its own: {visible} visible on this node; start "
+        f"{visible} processes a node, or write hardware.device=cpu"
+    )
+
+
 def _read(environ: Mapping[str, str], names: tuple[str, ...], launcher: str) -> tuple[int, int, int] | None:
     """(rank, world, local rank) of one launcher, None if none of its variables is set."""
     given = [name for name in names if name in environ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -144,13 +144,21 @@ class Counted:
     """A training loader that checks, at the end of each epoch, that nothing was lost without a word.
 
     loader: of `data.loader.train_loader` for one rank, over `Guarded` examples, from step `first_step`.
+    summed: (trained, reported) of one rank -> of all of them; every rank calls it after the same step.
     Raises RuntimeError if a planned sample came with weight 0 and has no row in the report.
     """
 
     def __init__(
-        self, loader: DataLoader[Batch], plan: Steps | Packed, *, first_step: int, report: Path
+        self,
+        loader: DataLoader[Batch],
+        plan: Steps | Packed,
+        *,
+        first_step: int,
+        report: Path,
+        summed: Callable[[int, int], tuple[int, int]] = lambda trained, reported: (trained, reported),
     ) -> None:
         self._loader, self._plan, self._first, self._report = loader, plan, first_step, report
+        self._summed = summed
 
     def __len__(self) -> int:
         return len(self._loader)
@@ -177,7 +185,8 @@ class Counted:
                 f"epoch {epoch}: {len(lost)} samples were neither trained nor reported, first example "
                 f"{lost[0]}: this is a bug in the data loading"
             )
-        if missing:
+        trained, left_out = self._summed(trained, len(missing))
+        if left_out:
             words = "epoch %d: %s samples planned = %s trained + %s reported in %s"
-            total = trained + len(missing)
-            log.warning(words, epoch, f"{total:,}", f"{trained:,}", f"{len(missing):,}", self._report)
+            total = trained + left_out
+            log.warning(words, epoch, f"{total:,}", f"{trained:,}", f"{left_out:,}", self._report)

@@ -13,7 +13,7 @@ from tests.helpers import make_batch, small_model
 from toolkit.contracts import Batch, ImageFeatures
 from toolkit.lit import parameter_groups, rate_factor, to_device
 from toolkit.schema import HardwareConf, StageConf
-from toolkit.train import device_of, micro_batch, refuse_several_processes, stage_steps
+from toolkit.train import device_of, micro_batch, stage_steps
 
 
 def test_decay_acts_on_matrices_only() -> None:
@@ -64,14 +64,6 @@ def test_an_absent_gpu_is_an_error_not_a_fallback() -> None:
     with pytest.raises(ValueError, match=r"hardware\.device=cuda.*hardware\.device=cpu"):
         device_of(HardwareConf(device="cuda"))
     assert device_of(HardwareConf()).type == "cpu"
-
-
-def test_a_launcher_with_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="WORLD_SIZE=2: a run trains on one device"):
-        refuse_several_processes()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    refuse_several_processes()
 
 
 def full_batch() -> Batch:

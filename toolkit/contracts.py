@@ -71,6 +71,19 @@ class ImageFeatures:
     grid: tuple[int, int]
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What the loss of a step is a mean over: all its micro batches on all ranks.
+
+    samples: slots, those of weight 0 included. answers: labels to be predicted in samples that count.
+    positions: samples times the longest padded sequence.
+    """
+
+    samples: int
+    answers: int
+    positions: int
+
+
 @dataclass
 class Batch:
     """What one training or evaluation step reads. Padding is on the right.
@@ -84,6 +97,7 @@ class Batch:
     for the device; None where the model is to look itself.
     longest: [] the largest of `lengths`, for a batch padded to a length fixed beforehand: what is beyond it
     and `answers` without a label (fillers) count for nothing. None: T is the longest sample's.
+    whole: the step that this is a part of; None: a step of its own.
     """
 
     ids: Tensor
@@ -97,11 +111,13 @@ class Batch:
     answers: Tensor | None = None
     images: Tensor | None = None
     longest: Tensor | None = None
+    whole: Whole | None = None
 
     def mapped(self, change: Callable[[Tensor], Tensor]) -> Batch:
         """The batch with `change` applied to each of its tensors."""
-        values = {name: value for name, value in vars(self).items() if name != "keys"}
-        return Batch(**{name: mapped(value, change) for name, value in values.items()}, keys=self.keys)
+        kept = ("keys", "whole")
+        values = {name: mapped(value, change) for name, value in vars(self).items() if name not in kept}
+        return Batch(**values, keys=self.keys, whole=self.whole)
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, read by a GPU while the CPU goes on; DataLoader asks for it."""
@@ -179,5 +195,15 @@ class Recurrence(Protocol):
     def channel_mix(self, layer: int) -> nn.Module: ...
 
 
-DataSource = Mapping[str, Path]
-"""What a `register.data` factory returns (wired: cache): split name -> folder with manifest.json."""
+class Unindexed(Protocol):
+    """Tars that are read from front to back (`data.streamed.Streamed`); nobody knows how many samples."""
+
+    @property
+    def urls(self) -> tuple[str, ...]: ...
+
+    def shards(self) -> list[str]: ...
+
+
+DataSource = Mapping[str, Path | Unindexed]
+"""What a `register.data` factory returns (wired: cache): split name -> folder with manifest.json, or tars to
+stream."""

@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 from torch import nn
 
+from toolkit import ranks
 from toolkit.metrics import Prediction, summary
 
 log = logging.getLogger("toolkit.train")
@@ -21,8 +22,9 @@ class Probe(L.Callback):
     """Scores the model every `every` optimizer steps and appends a line to `file`.
 
     first_step: optimizer steps of earlier stages. last_step: the run's last, which the closing evaluation
-    scores; 0 for a stage that is not the last. score: the predictions of the model as it is. The modes of
-    the modules are put back and no random number is drawn: training is the same with and without.
+    scores; 0 for a stage that is not the last. score: the predictions of the model as it is. start: steps of
+    this stage that an earlier process did and scored. The modes of the modules are put back and no random
+    number is drawn: training is the same with and without.
     """
 
     def __init__(
@@ -33,13 +35,14 @@ class Probe(L.Callback):
         first_step: int,
         last_step: int,
         score: Callable[[], list[Prediction]],
+        start: int = 0,
     ) -> None:
         self.file = file
         self.every = every
         self.first_step = first_step
         self.last_step = last_step
         self.score = score
-        self.done = first_step
+        self.done = first_step + start
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -58,6 +61,8 @@ class Probe(L.Callback):
         for module in training:
             module.training = True
         point = {"step": step, "seconds": round(time.monotonic() - began, 2), **scores}
+        if not ranks.main():
+            return
         with self.file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(point) + "\n")
         log.info("step %d: accuracy %.2f %% on %d questions", step, 100 * scores["accuracy"], scores["n"])

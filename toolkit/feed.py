@@ -19,6 +19,7 @@ from data.plan import Ints, Plan, Resumable, Steps
 from data.policy import Counted, Guarded, reported
 from toolkit.contracts import Batch
 from toolkit.corpus import Corpus, shares
+from toolkit.left_out import over_ranks, part
 from toolkit.model import VisualRWKV
 from toolkit.schema import RunConf
 from toolkit.scoring import examples
@@ -133,7 +134,7 @@ class Planned:
             workers=workers,
             pin_memory=pin_memory,
         )
-        return Counted(made, self.plan, first_step=start_step, report=self.report)
+        return Counted(made, self.plan, first_step=start_step, report=self.report, summed=over_ranks)
 
     def per_step(self, *, world: int = 1, micro: int = 0) -> int:
         return per_step(self.plan, world=world, micro=micro)
@@ -160,7 +161,7 @@ def feed(conf: RunConf, corpus: Corpus, name: str, model: VisualRWKV, features: 
     """What a stage trains on. folder: for the report. Raises ValueError naming the key for what cannot be."""
     read = splits(conf, name)
     strict = any(corpus.policy(split) == "strict" for split in read)
-    report = folder / f"left_out-{'+'.join(read)}.jsonl"
+    report = part(folder / f"left_out-{'+'.join(read)}.jsonl")
 
     def guarded() -> Guarded:
         made: Any = samples(conf, corpus, name, model, features)

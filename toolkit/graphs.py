@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from data.plan import Steps as Plan
-from toolkit import estimate, progress, resident
+from toolkit import estimate, progress, ranks, resident
 from toolkit.curve import Probe
 from toolkit.lit import parameter_groups, rate_factor
 from toolkit.loss import lm_loss
@@ -46,6 +46,8 @@ def obstacle(hardware: HardwareConf, stage: StageConf, features: object, device:
     why = ""
     if device.type != "cuda":
         why = "on the CPU"
+    elif ranks.world() > 1:
+        why = f"gradients are summed over {ranks.world()} ranks"
     elif hardware.micro_batch not in (0, stage.global_batch):
         why = f"gradients of hardware.micro_batch={hardware.micro_batch} are accumulated"
     elif features is None:

@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from torch import Tensor, nn
 
+from toolkit import ranks
 from toolkit.contracts import Batch
 from toolkit.loss import lm_loss
 from toolkit.model import VisualRWKV, answer_rows, asked_for, image_rows
@@ -20,11 +21,22 @@ from toolkit.schema import LossConf, StageConf
 class StageModule(L.LightningModule):
     """One stage: AdamW on what learns, warm-up and cosine per optimizer step.
 
-    first_step: optimizer steps of earlier stages, so that the log counts through.
+    first_step: optimizer steps of earlier stages, so that the log counts through. start: steps of this one
+    that were done before, so that the rate goes on where it was. accumulate: micro batches of a step. The
+    loss that is logged and the gradient are those of the whole step (`Batch.whole`), the same for any micro
+    batch and number of ranks up to rounding.
     """
 
     def __init__(
-        self, model: VisualRWKV, *, stage: StageConf, loss: LossConf, steps: int, first_step: int
+        self,
+        model: VisualRWKV,
+        *,
+        stage: StageConf,
+        loss: LossConf,
+        steps: int,
+        first_step: int,
+        start: int = 0,
+        accumulate: int = 1,
     ) -> None:
         super().__init__()
         self.model = model
@@ -32,14 +44,22 @@ class StageModule(L.LightningModule):
         self.loss = loss
         self.steps = steps
         self.first_step = first_step
+        self.start = start
+        self.accumulate = accumulate
+        self._so_far: list[Tensor] = []
 
     def training_step(self, batch: Batch, index: int) -> Tensor:
         answers = self.model(batch, l2=self.loss.l2)
-        loss = lm_loss(answers, reduction=self.loss.reduction)
-        done = self.first_step + self.global_step
-        self.log("loss", loss.detach(), prog_bar=True)
-        self.log_dict({"lr": self._rate(), "step": float(done)})
-        return loss
+        loss = lm_loss(answers, reduction=self.loss.reduction, whole=batch.whole)
+        self._so_far.append(loss.detach())
+        if (index + 1) % self.accumulate == 0:
+            done = self.first_step + self.global_step
+            self.log("loss", ranks.summed(torch.stack(self._so_far).sum()), prog_bar=True)
+            self.log_dict({"lr": self._rate(), "step": float(done)})
+            self._so_far.clear()
+        # Lightning takes the mean over micro batches and DDP that over ranks; the parts are to be summed.
+        parts = self.accumulate * ranks.world()
+        return loss * parts if parts > 1 else loss
 
     def _rate(self) -> float:
         optimizer: Any = self.optimizers()
@@ -50,7 +70,8 @@ class StageModule(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         optimizer = adamw(parameter_groups(self.model, self.stage.weight_decay), stage=self.stage)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate_factor(self.stage, self.steps))
+        factor = rate_factor(self.stage, self.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factor(self.start + step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.cross_entropy import linear_cross_entropy
+from toolkit.contracts import Whole
 
 L2_FACTOR = 1e-4
 """Weight of the L2 term, as in RWKV-LM."""
@@ -42,34 +43,40 @@ class Answers:
         return F.linear(self.hidden, self.head)
 
 
-def lm_loss(answers: Answers, *, reduction: str) -> Tensor:
+def lm_loss(answers: Answers, *, reduction: str, whole: Whole | None = None) -> Tensor:
     """Cross entropy in fp32 (or fp64), a scalar; the head is applied on the way.
 
     reduction "sample" (v6.0 and later, the paper's model): mean over each sample's answer tokens, then
     over samples. "batch" (v5.x): mean over all answer tokens. Source: Hou et al. 2025, tables 7 and 8.
+
+    whole: the step that these answers are a part of. The sum of the losses of its parts is then the loss of
+    the step as one batch, and so is the gradient, however it is cut into micro batches and over ranks.
 
     The L2 term keeps logits from drifting upwards (RWKV-LM's L2Wrap): it adds 1e-4 / (B T) * largest
     logit to the gradient at each row's largest logit, and its value is 0. Paper: the original's term
     ignores the upstream gradient, so it is not scaled down under gradient accumulation; ours is, like
     the loss.
     """
-    rows = row_weights(answers, reduction=reduction)
-    penalty = l2_weights(answers, rows) if answers.l2 else None
+    rows = row_weights(answers, reduction=reduction, whole=whole)
+    penalty = l2_weights(answers, rows, whole=whole) if answers.l2 else None
     return linear_cross_entropy(answers.hidden, answers.head, answers.targets, rows, penalty)
 
 
-def l2_weights(answers: Answers, rows: Tensor) -> Tensor:
+def l2_weights(answers: Answers, rows: Tensor, *, whole: Whole | None = None) -> Tensor:
     """Factor of each row's L2 term, [R], in the dtype of `rows`."""
-    factor = L2_FACTOR / answers.n_tokens
+    factor = L2_FACTOR / (whole.positions if whole else answers.n_tokens)
     if isinstance(factor, float):
         return torch.full_like(rows, factor)
     return (factor if answers.real is None else factor * answers.real).to(rows.dtype).expand_as(rows)
 
 
-def row_weights(answers: Answers, *, reduction: str) -> Tensor:
+def row_weights(answers: Answers, *, reduction: str, whole: Whole | None = None) -> Tensor:
     """Factor of each row's cross entropy in the loss, [R]."""
     kind = torch.float64 if answers.hidden.dtype == torch.float64 else torch.float32
-    counts = answers.counts.sum() if reduction == "batch" else answers.counts * len(answers.counts)
+    if reduction == "batch":
+        counts = torch.full_like(answers.counts[:1], whole.answers) if whole else answers.counts.sum()
+    else:
+        counts = answers.counts * (whole.samples if whole else len(answers.counts))
     share = answers.weight.to(kind) / counts.clamp(min=1)  # [B]
     rows = share.index_select(0, answers.sample)  # [R]
     return rows if answers.asked is None else rows * answers.asked

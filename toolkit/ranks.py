@@ -29,6 +29,7 @@ __all__ = [
     "rank",
     "same",
     "shared",
+    "summed",
     "world",
 ]
 
@@ -136,3 +137,12 @@ def same(tensors: Iterable[Tensor]) -> None:
     barrier()
     for tensor in tensors:
         dist.broadcast(tensor.detach(), src=0)
+
+
+def summed(tensor: Tensor) -> Tensor:
+    """The tensor, overwritten with its sum over the ranks."""
+    if current() is not None:
+        import torch.distributed as dist
+
+        dist.all_reduce(tensor)
+    return tensor

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
+from data.cluster import place
 from toolkit import compose, estimate, sweep_layout
 from toolkit.compose import Request, row_name
 from toolkit.explain import COMMAND_LINE, fail
@@ -19,6 +20,11 @@ from toolkit.sweep import Row, Sweep
 
 def sweep(request: Request) -> int:
     """Runs every row, also after one failed, and tells at the end which did."""
+    found = place()
+    if found.world > 1:
+        what = f"several rows were chosen, and {found.launcher} started {found.world} processes for one run"
+        fix = "choose one row, or start them in one process (hardware.parallel=0 uses every GPU of a node)"
+        raise fail(COMMAND_LINE, "recipe", what, fix=fix)
     # A row that cannot run is found before the first one starts.
     composed = [compose.compose(job) for job in request.jobs]
     parallel = {cfg["hardware"]["parallel"] for cfg in composed}

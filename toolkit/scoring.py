@@ -14,6 +14,7 @@ from data.dataset import Examples
 from data.floors import blind, majority
 from data.loader import eval_loader
 from data.records import Example
+from toolkit import ranks
 from toolkit.corpus import Corpus
 from toolkit.curve import Probe
 from toolkit.evaluate import answer_all
@@ -64,6 +65,8 @@ def evaluate(
         dataset,
         batch=conf.eval.batch,
         limit=conf.eval.limit,
+        rank=ranks.rank(),
+        world=ranks.world(),
         workers=conf.hardware.workers,
         pin_memory=device.type == "cuda",
     )

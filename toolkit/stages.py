@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from toolkit import estimate, feed, graphs, resident
+from toolkit import estimate, feed, graphs, ranks, resident
 from toolkit.contracts import Batch
 from toolkit.corpus import Corpus
 from toolkit.lit import adamw, to_device
@@ -130,7 +130,7 @@ def step_seconds(task: Task, stage: Stage) -> tuple[float, bool]:
             lambda samples: to_device(stage.feed.first(samples), task.device),
             size,
             optimizer=partial(adamw, stage=stage.conf),
-            accumulate=stage.conf.global_batch // size,
+            accumulate=stage.accumulate(conf.hardware, world=ranks.world()),
         )
     return _SECONDS[arm]
 
@@ -177,11 +177,12 @@ def announce(
 
 
 def place(device: torch.device) -> str:
-    """`2 CPU threads`, or the GPU's name."""
+    """`2 CPU threads`, or the GPU's name, each on so many ranks if there are several."""
+    many = f"{ranks.world()} ranks of " if ranks.world() > 1 else ""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
+        return many + torch.cuda.get_device_name(device)
     threads = torch.get_num_threads()
-    return f"{threads} CPU thread{'s' * (threads > 1)}"
+    return f"{many}{threads} CPU thread{'s' * (threads > 1)}"
 
 
 def warn_without_gpu(hardware: HardwareConf, device: torch.device) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
-import os
 import signal
 import sys
 import warnings
@@ -18,31 +17,33 @@ import torch
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 import kernels
+from data.cluster import gpu, place
+from data.plan import divided
+from toolkit import ranks
+from toolkit.ddp import placed
 from toolkit.lit import StageModule
 from toolkit.model import VisualRWKV
 from toolkit.progress import bar
 from toolkit.schema import HardwareConf, LogConf, RunConf, StageConf
+from toolkit.whole import WholeSteps
 
 PRECISION: dict[str, Any] = {"fp32": "32-true", "bf16": "bf16-mixed"}
 
 
-def refuse_several_processes() -> None:
-    """A run is one process on one device; a launcher that starts several would repeat it in each."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ValueError(
-            f"WORLD_SIZE={os.environ['WORLD_SIZE']}: a run trains on one device; start it without torchrun, "
-            "and use the other devices for other rows (CUDA_VISIBLE_DEVICES=1 python -m toolkit.run ...)"
-        )
-
-
 def device_of(hardware: HardwareConf) -> torch.device:
-    """The device that `hardware.device` asks for; asking for an absent one is an error."""
+    """The device that `hardware.device` asks for, with several ranks this one's; it must be there."""
     available = torch.cuda.is_available()
     if hardware.device == "cuda" and not available:
         raise ValueError(
             "hardware.device=cuda, but torch sees no CUDA device here; write hardware.device=cpu"
         )
-    return torch.device("cuda" if available and hardware.device != "cpu" else "cpu")
+    if not available or hardware.device == "cpu":
+        return torch.device("cpu")
+    if ranks.world() == 1:
+        return torch.device("cuda")
+    device = torch.device("cuda", gpu(place(), torch.cuda.device_count()))
+    torch.cuda.set_device(device)
+    return device
 
 
 def choose_kernels(hardware: HardwareConf, device: torch.device) -> None:
@@ -89,12 +90,14 @@ def stage_steps(stage: StageConf, per_epoch: int | None, *, name: str) -> int:
 
 
 def micro_batch(stage: StageConf, hardware: HardwareConf, *, name: str) -> int:
-    """Samples per forward pass; as many as make the global batch are accumulated."""
-    size = hardware.micro_batch or stage.global_batch
-    if stage.global_batch % size:
-        raise ValueError(
-            f"hardware.micro_batch={size} does not divide stages.{name}.global_batch={stage.global_batch}"
-        )
+    """Samples of a rank and forward pass; as many as make its share of the global batch are accumulated."""
+    share = divided(stage.global_batch, ranks.world(), what=f"stages.{name}.global_batch", over="ranks")
+    size = hardware.micro_batch or share
+    if share % size:
+        of = f"stages.{name}.global_batch={stage.global_batch}"
+        if ranks.world() > 1:
+            of = f"the {share} samples of a rank and step ({of} on {ranks.world()} ranks)"
+        raise ValueError(f"hardware.micro_batch={size} does not divide {of}")
     return size
 
 
@@ -128,14 +131,22 @@ def fit_stage(
     progress tells.
     """
     stage = conf.stages[name]
-    module = StageModule(model, stage=stage, loss=conf.loss, steps=steps, first_step=first_step)
+    module = StageModule(
+        model,
+        stage=stage,
+        loss=conf.loss,
+        steps=steps,
+        first_step=first_step,
+        accumulate=accumulate,
+    )
+    if accumulate * ranks.world() > 1:
+        loader = WholeSteps(loader, accumulate, f"stage {name}", first_step)
     with warnings.catch_warnings():
         # Lightning's advice for other set-ups (more workers, log folder, frozen modules in eval mode).
         warnings.filterwarnings("ignore", module="lightning")
         trainer = L.Trainer(
             max_steps=steps,
-            accelerator="gpu" if device_of(conf.hardware).type == "cuda" else "cpu",
-            devices=1,
+            **placed(device_of(conf.hardware)),
             precision=PRECISION[conf.hardware.precision],
             accumulate_grad_batches=accumulate,
             gradient_clip_val=stage.grad_clip or None,
