@@ -6,11 +6,12 @@ import hashlib
 from bisect import bisect_left, insort
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import Any, Literal
 
 import numpy as np
 
-from data.plan import Floats, Ints, Resumable, Steps, epoch_order, filled, keyed, rank_slice
+from data.plan import Floats, Ints, Resumable, Steps, filled, keyed, rank_slice
 
 Measure = Literal["padded", "tokens"]
 
@@ -77,37 +78,28 @@ class Bucketed(Steps):
 
 
 @dataclass(frozen=True)
-class Packed(Resumable):
-    """Groups of samples that keep a token budget; a step is `groups` groups, shared equally by the ranks.
+class Packing:
+    """All samples of a source in groups that keep a token budget; a function of their lengths alone.
 
     measure: what a group's size is. "padded": samples x longest, what a padded batch holds in memory;
-    "tokens": the sum of lengths. Samples of `near` neighbours in the data's order are packed together;
-    the packing is the same in every epoch and the order of the groups is not. A step whose groups run
-    out is filled with repeats at weight 0. Raises ValueError for a sample longer than the budget.
+    "tokens": the sum of lengths. Samples of `near` neighbours in the data's order are packed together.
+    Raises ValueError for a sample longer than the budget.
     """
 
     lengths: Ints
     budget: int
-    groups: int
-    seed: int
-    manifest_hash: str
     measure: Measure = "padded"
     near: int = 8192
 
     def __post_init__(self) -> None:
-        if self.groups < 1 or self.near < 1 or not len(self.lengths):
-            raise ValueError("packing needs samples, and groups and near of at least 1")
+        if self.near < 1 or not len(self.lengths):
+            raise ValueError("packing needs samples, and near of at least 1")
         longest = int(np.argmax(self.lengths))
         if self.lengths[longest] > self.budget:
             raise ValueError(
                 f"sample {longest:,} has {self.lengths[longest]:,} tokens, more than the budget of "
                 f"{self.budget:,} tokens a group; raise the budget or take the sample out"
             )
-
-    @property
-    def n(self) -> int:
-        """Number of samples."""
-        return len(self.lengths)
 
     @cached_property
     def packs(self) -> list[Ints]:
@@ -119,33 +111,62 @@ class Packed(Resumable):
             found += [start + group for group in pack(part, self.budget)]
         return found
 
+    def describe(self) -> dict[str, Any]:
+        rest = {name: getattr(self, name) for name in ("budget", "measure", "near")}
+        return {"lengths": _digest(self.lengths), **rest}
+
+
+@dataclass(frozen=True)
+class Packed(Resumable):
+    """Steps of groups that keep a token budget: `order` is a plan over the groups' numbers.
+
+    packings: of each source; sample and group numbers count through all of them. The groups are the same in
+    every epoch, their order is not. A step whose groups run out is filled with repeats at weight 0.
+    """
+
+    packings: tuple[Packing, ...]
+    order: Steps
+
+    def __post_init__(self) -> None:
+        if self.order.n != len(self.packs):
+            raise ValueError(f"the plan is for {self.order.n:,} groups, there are {len(self.packs):,}")
+
+    @property
+    def n(self) -> int:
+        """Number of samples."""
+        return sum(len(packing.lengths) for packing in self.packings)
+
+    @property
+    def groups(self) -> int:
+        """Groups of a step."""
+        return self.order.global_batch
+
     @cached_property
-    def _orders(self) -> dict[int, Ints]:
-        return {}
+    def packs(self) -> list[Ints]:
+        """All groups of all sources."""
+        starts = accumulate((len(packing.lengths) for packing in self.packings), initial=0)
+        parts = zip(starts, self.packings, strict=False)
+        return [start + group for start, packing in parts for group in packing.packs]
 
     @property
     def steps_per_epoch(self) -> int:
-        return -(-len(self.packs) // self.groups)
+        return self.order.steps_per_epoch
 
     def step(self, t: int) -> list[tuple[Ints, float]]:
         """(items, weight) of each of `groups` groups of global step t."""
-        epoch, within = divmod(t, self.steps_per_epoch)
-        if epoch not in self._orders:
-            self._orders.clear()
-            self._orders[epoch] = epoch_order(
-                len(self.packs), manifest_hash=self.manifest_hash, seed=self.seed, epoch=epoch, block=1
-            )
-        order = self._orders[epoch][within * self.groups : (within + 1) * self.groups]
-        chosen, weights = filled(order, self.groups)
+        chosen, weights = self.order.step(t)
         return [(self.packs[g], w) for g, w in zip(chosen.tolist(), weights.tolist(), strict=True)]
 
     def rank_part(self, t: int, rank: int, world: int) -> list[tuple[Ints, float]]:
         """The groups of step t that one of `world` ranks takes."""
         return self.step(t)[rank_slice(self.groups, rank, world)]
 
+    def items(self, t: int) -> Ints:
+        return np.concatenate([items for items, _ in self.step(t)])
+
     def describe(self) -> dict[str, Any]:
-        rest = ("budget", "groups", "seed", "manifest_hash", "measure", "near")
-        return {"packed": 1, "lengths": _digest(self.lengths), **{name: getattr(self, name) for name in rest}}
+        held = [packing.describe() for packing in self.packings]
+        return {"packed": 1, "packings": held, "order": self.order.describe()}
 
 
 def _padded_packs(lengths: Ints, budget: int) -> list[Ints]:

@@ -110,6 +110,10 @@ class Steps(Resumable):
     def step(self, t: int) -> tuple[Ints, Floats]:
         """(items [B], weights [B]) of global step t, counted from 0 over all epochs."""
 
+    def items(self, t: int) -> Ints:
+        """The samples of global step t."""
+        return self.step(t)[0]
+
     @property
     def steps_per_epoch(self) -> int:
         return -(-self.n // self.global_batch)

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from data.loader import StepSampler, train_loader
-from data.packing import Bucketed, Packed
+from data.packing import Bucketed, Packed, Packing
 from data.plan import Plan
 from data.reader import ShardReader
 from data.shards import write_shards
@@ -206,7 +206,8 @@ def test_groups_of_a_packing_are_micro_batches(tmp_path):
     reader = ShardReader(shard_folder(tmp_path / "s", 60))
     examples = examples_of(reader)
     lengths = np.array([len(examples[j].ids) for j in range(len(examples))])
-    plan = Packed(lengths, 64, 6, 0, reader.manifest_hash)
+    packing = Packing(lengths, 64)
+    plan = Packed((packing,), Plan(len(packing.packs), 6, 0, reader.manifest_hash, block=1))
     seen, counts = Counter(), set()
     for rank in range(3):
         loader = train_loader(examples, plan, start_step=0, end_step=plan.steps_per_epoch, rank=rank, world=3)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from data.mixture import Mixture, Source
-from data.packing import Bucketed, Packed
+from data.packing import Bucketed, Packed, Packing
 from data.plan import Plan
 
 LENGTHS = np.random.default_rng(0).integers(5, 200, 1003)
@@ -18,8 +18,9 @@ def bucketed(steps=8, *, seed=0, batch=24):
     return Bucketed(Plan(len(LENGTHS), batch, 1, "m", block=1), LENGTHS, steps, seed)
 
 
-def packed(**options):
-    return Packed(LENGTHS, **{"budget": 1024, "groups": 6, "seed": 0, "manifest_hash": "m", **options})
+def packed(*, groups=6, seed=0, **options):
+    packing = Packing(LENGTHS, **{"budget": 1024, **options})
+    return Packed((packing,), Plan(len(packing.packs), groups, seed, "m", block=1))
 
 
 @pytest.mark.parametrize("steps", [1, 8, 5, 100])
@@ -117,7 +118,9 @@ def test_impossible_packings_are_refused():
     with pytest.raises(ValueError, match=r"has 199 tokens, more than the budget of 100 tokens a group"):
         packed(budget=100)
     with pytest.raises(ValueError, match=r"packing needs samples"):
-        packed(groups=0)
+        Packing(LENGTHS[:0], 1024)
+    with pytest.raises(ValueError, match=r"the plan is for 5 groups, there are "):
+        Packed((Packing(LENGTHS, 1024),), Plan(5, 1, 0, "m"))
     with pytest.raises(ValueError, match=r"a bucket of 0 steps holds nothing"):
         bucketed(0)
     with pytest.raises(ValueError, match=r"2 lengths for 5 samples"):
