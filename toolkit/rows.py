@@ -20,7 +20,10 @@ from toolkit.sweep import Row, Sweep
 
 def sweep(request: Request) -> int:
     """Runs every row, also after one failed, and tells at the end which did."""
-    found = place()
+    try:
+        found = place()
+    except ValueError as wrong:
+        raise fail("environment", "", str(wrong)) from wrong
     if found.world > 1:
         what = f"several rows were chosen, and {found.launcher} started {found.world} processes for one run"
         fix = "choose one row, or start them in one process (hardware.parallel=0 uses every GPU of a node)"

@@ -12,10 +12,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from data.cluster import place
 from toolkit import compose, estimate, recipes, register, rules
 from toolkit.compose import Job, Request
 from toolkit.explain import BadRecipe, fail, guarded
 from toolkit.layers import scales
+from toolkit.rank_group import RankFailed
 from toolkit.rundir import run_id
 from toolkit.stopping import INTERRUPTED, stoppable
 
@@ -78,9 +80,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def configure_logging() -> None:
-    """One plain line per message, on stderr."""
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("toolkit").setLevel(logging.INFO)
+    """One plain line per message, on stderr; of several processes of a run the first one tells it all."""
+    try:
+        rank = place().rank
+    except ValueError:  # told where it matters: when a run starts
+        rank = 0
+    who = f"rank {rank}: " if rank else ""
+    logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("toolkit").setLevel(logging.WARNING if rank else logging.INFO)
 
 
 def usage() -> str:
@@ -172,6 +179,9 @@ def _single(job: Job) -> int:
     cfg = compose.compose(job)
     try:
         _run(cfg, job.recipe, job.overrides)
+    except RankFailed as error:
+        print(error, file=sys.stderr)
+        return error.code
     except ValueError as error:
         if os.environ.get("TOOLKIT_TRACE") == "1":
             raise
@@ -184,6 +194,9 @@ def _run(cfg: dict[str, Any], recipe: str, argv: list[str]) -> None:
     # Read by OpenMP when torch loads. By default waiting threads spin for long: on a machine that is
     # also busy with something else a training step then took up to four times as long.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    if place().world > 1:
+        # Else DDP warns at each start that it looked for unused parameters and found none in the first step.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from toolkit.job import run_job
 
     mine = run_id(cfg)
