@@ -11,6 +11,7 @@ import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from typing import Any
 from data.atomic import sync
 from data.content import MAX_PICTURE, check_picture, check_text
 from data.faults import Fault
+from data.fetched import fetched
 from data.images import BadPicture
 from data.index import IMAGE_KINDS, MANIFEST, index_bytes, make_manifest
 from data.members import GIVEN_UP, MAX_FAULTS, Sample, members, split_name
+from data.mirror import ORIGIN, write_origin
 from data.records import MAX_JSON, BadRecord, parse_json
+from data.remote import Origin
 from data.tar import Member
 
 _TRIED = 100
@@ -65,6 +69,7 @@ def index_shards(
     ask: str = "Describe the image briefly.",
     full: bool = False,
     allow: int = 0,
+    origin: Origin | None = None,
     progress: Progress | None = None,
 ) -> list[Fault]:
     """Writes an index per shard and `out/manifest.json`, unless more than `allow` samples are faulty or a
@@ -72,19 +77,21 @@ def index_shards(
 
     The tars are only read. Faulty samples are left out and returned. text: `auto` takes a JSON with
     conversations, else a .txt, else the `caption` of a JSON (img2dataset). ask: what a caption answers.
-    full: decode every picture. Raises ValueError for no samples, for shards of the same name, and where a
-    manifest is there already.
+    full: decode every picture. origin: where the shards lie if not here; they are then names below its URL,
+    and `out` becomes a folder whose shards are read from there. Raises ValueError for no samples, for shards
+    of the same name, where a manifest is there already, and RemoteError for what cannot be fetched.
     """
     _check_names(shards, out)
     layout = layout_of(text, ask)
     made: list[tuple[dict[str, Any], bytes]] = []
     found: list[Fault] = []
-    for number, path in enumerate(shards):
-        samples, faults = members(path)
-        layout = layout or guessed(path, samples, ask)
-        shard = examine(path, samples, faults, layout or {"text": "json"}, full=full)
-        found += shard.faults
-        made.append(_packed(shard, out))
+    for number, named in enumerate(shards):
+        with nullcontext(named) if origin is None else fetched(origin, str(named)) as path:
+            samples, faults = members(path)
+            layout = layout or guessed(path, samples, ask)
+            shard = examine(path, samples, faults, layout or {"text": "json"}, full=full)
+            found += shard.faults
+            made.append(_packed(shard, _url(named, out, origin)))
         if progress is not None:
             progress(number + 1, len(shards))
     if not any(entry["nsamples"] for entry, _ in made):
@@ -92,7 +99,7 @@ def index_shards(
         raise ValueError(f"no samples in {len(shards)} shards, {shards[0]} the first{why}")
     if len(found) <= allow and not any(fault.cause == GIVEN_UP for fault in found):
         assert layout is not None
-        _write(made, out, layout, len(found))
+        _write(made, out, layout, len(found), origin)
     return found
 
 
@@ -218,12 +225,17 @@ def _add(shard: Shard, key: str, text: list[int], pictures: list[list[int]], dia
     shard.keys.append(key)
 
 
-def _packed(shard: Shard, out: Path) -> tuple[dict[str, Any], bytes]:
+def _url(path: Path, out: Path, origin: Origin | None) -> str:
+    """What the manifest calls a shard: its name if it lies beside the manifest or below the origin."""
+    beside = origin is not None or path.parent.resolve() == out.resolve()
+    return path.name if beside else str(path.resolve())
+
+
+def _packed(shard: Shard, url: str) -> tuple[dict[str, Any], bytes]:
     """(manifest entry without a layout, index) of a shard; a tenth of the memory that the columns take."""
     content = index_bytes(shard.keys, shard.columns)
-    same = shard.path.parent.resolve() == out.resolve()
     entry = {
-        "url": shard.path.name if same else str(shard.path.resolve()),
+        "url": url,
         "nsamples": len(shard.keys),
         "filesize": shard.path.stat().st_size if shard.path.exists() else 0,
         "dialogs": sum(shard.columns["dialogs"]),
@@ -234,9 +246,19 @@ def _packed(shard: Shard, out: Path) -> tuple[dict[str, Any], bytes]:
     return entry, content
 
 
-def _write(made: Sequence[tuple[dict[str, Any], bytes]], out: Path, layout: Layout, left_out: int) -> None:
-    """The indexes, then the manifest; each appears whole or not at all."""
+def _write(
+    made: Sequence[tuple[dict[str, Any], bytes]],
+    out: Path,
+    layout: Layout,
+    left_out: int,
+    origin: Origin | None,
+) -> None:
+    """Where the shards lie, the indexes, then the manifest; each appears whole or not at all."""
     out.mkdir(parents=True, exist_ok=True)
+    if origin is None:
+        (out / ORIGIN).unlink(missing_ok=True)
+    else:
+        write_origin(origin, out)
     for entry, content in made:
         _replace(out / entry["index"], content)
     entries = [{**entry, "layout": dict(layout)} for entry, _ in made]

@@ -42,10 +42,15 @@ def mirror(origin: Origin, cache: Path) -> Path:
     finally:
         remote.close()
     # How a folder is read may change from run to run; what it holds may not.
-    part = out / f".{ORIGIN}.{os.getpid()}.part"
-    part.write_text(json.dumps(asdict(origin), indent=1), encoding="utf-8")
-    part.replace(out / ORIGIN)
+    write_origin(origin, out)
     return out
+
+
+def write_origin(origin: Origin, folder: Path) -> None:
+    """Notes where the shards of a folder lie."""
+    part = folder / f".{ORIGIN}.{os.getpid()}.part"
+    part.write_text(json.dumps(asdict(origin), indent=1), encoding="utf-8")
+    part.replace(folder / ORIGIN)
 
 
 def _fetch_indexes(remote: Remote, manifest: bytes, out: Path) -> None:
@@ -86,7 +91,7 @@ class RemoteFiles:
     def __init__(self, origin: Origin, sizes: Mapping[str, int], identity: str) -> None:
         self._remote, self._sizes, self._identity = Remote(origin), dict(sizes), identity
         self._block = origin.block_kb << 10
-        self._cache = BlockCache(Path(origin.cache), origin.cache_mb << 20)
+        self._cache = BlockCache(Path(origin.cache).expanduser(), origin.cache_mb << 20)
         self._tags: dict[str, str] = {}
 
     def read(self, name: str, offset: int, size: int) -> tuple[bytes, str]:

@@ -93,7 +93,9 @@ class ShardReader:
                     log.warning("%s", error)
             return LocalFiles(self.folder)
         sizes = {str(shard["url"]): int(shard["filesize"]) for shard in shards}
-        return RemoteFiles(origin, sizes, self.folder.name)
+        # Named by what is cached: folders of one name may stand for other shards.
+        identity = hashlib.sha256(f"{origin.url}\n{manifest_hash(self.manifest)}".encode()).hexdigest()[:16]
+        return RemoteFiles(origin, sizes, identity)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_kept": {}, "_kept_json": 0}

@@ -145,6 +145,11 @@ class Remote:
 
         return self._tried(name, once)
 
+    def names(self, pattern: str) -> list[str]:
+        """Names of the files of the folder that fit a pattern with `*`, sorted; not behind HTTP."""
+        found: list[str] = self._tried(pattern, lambda: self.fs.glob(self.url(pattern)))
+        return sorted(path.rpartition("/")[2] for path in found)
+
     def status(self, name: str) -> tuple[int | None, str]:
         """(size, tag that changes with the content, or "") of a file."""
         info = self._tried(name, lambda: self.fs.info(self.url(name)))

@@ -41,7 +41,7 @@ class Streamed:
         """Every shard by name; ValueError if a pattern finds none or a scheme is not read here."""
         found: list[str] = []
         for url in self.urls:
-            for name in _braces(url):
+            for name in braces(url):
                 if "://" in name or name.startswith("pipe:"):
                     scheme(name)
                     found.append(name)
@@ -54,7 +54,7 @@ class Streamed:
         return found
 
 
-def _braces(url: str) -> list[str]:
+def braces(url: str) -> list[str]:
     """`a-{08..10}.tar` -> a-08.tar, a-09.tar, a-10.tar; several ranges multiply."""
     before, opened, rest = url.partition("{")
     inside, closed, after = rest.partition("}")
@@ -65,7 +65,7 @@ def _braces(url: str) -> list[str]:
         names = [f"{number:0{len(first)}d}" for number in range(int(first), int(last) + 1)]
     else:
         names = inside.split(",")
-    return [f"{before}{name}{tail}" for name in names for tail in _braces(after)]
+    return [f"{before}{name}{tail}" for name in names for tail in braces(after)]
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 from data.content import check_picture, check_text
 from data.faults import Fault
+from data.fetched import fetched
 from data.images import BadPicture
 from data.index import FEATURE_KIND, Index, Span, parse_index, read_manifest
+from data.mirror import open_origin
 from data.records import BadRecord
+from data.remote import Origin, RemoteError
 from data.tar import BLOCK, Member, scan
 
 Progress = Callable[[int, int], None]
@@ -30,20 +33,33 @@ class _Held(NamedTuple):
 def verify(folder: Path, *, full: bool = False, progress: Progress | None = None) -> Iterator[Fault]:
     """Every fault of an indexed folder, at most one for each member; nothing is changed.
 
-    full: decode every picture, otherwise read its header. progress is called with (shards done, in all).
-    Raises ValueError for a folder without a manifest.
+    Shards behind a URL are fetched whole, one at a time. full: decode every picture, otherwise read its
+    header. progress is called with (shards done, in all). Raises ValueError for a folder without a manifest.
     """
     shards: list[dict[str, Any]] = read_manifest(folder)["shardlist"]
+    origin = open_origin(folder)
     for number, shard in enumerate(shards):
-        yield from _shard(folder, shard, full=full)
+        yield from _shard(folder, shard, origin, full=full)
         if progress is not None:
             progress(number + 1, len(shards))
 
 
-def _shard(folder: Path, shard: Mapping[str, Any], *, full: bool) -> Iterator[Fault]:
+def _shard(folder: Path, shard: Mapping[str, Any], origin: Origin | None, *, full: bool) -> Iterator[Fault]:
+    name = str(shard["url"])
+    if origin is None:
+        yield from _file(folder, folder / name, shard, full=full)
+        return
+    try:
+        with fetched(origin, name) as path:
+            yield from _file(folder, path, shard, full=full)
+    except RemoteError as error:
+        yield Fault(name, "", "", 0, f"cannot be read: {error}")
+
+
+def _file(folder: Path, path: Path, shard: Mapping[str, Any], *, full: bool) -> Iterator[Fault]:
     name = str(shard["url"])
     try:
-        handle = os.open(folder / name, os.O_RDONLY)
+        handle = os.open(path, os.O_RDONLY)
     except OSError as error:
         yield Fault(name, "", "", 0, f"cannot be read: {error.strerror}; copy the shard again")
         return

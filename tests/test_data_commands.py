@@ -231,7 +231,6 @@ def test_independent_dialogs_become_records_of_their_own(tmp_path):
         (["convret"], "did you mean: convert"),
         (["verify", "."], "is no shard folder: it has no manifest.json"),
         (["index", "pipe:cat x.tar"], "'pipe:cat x.tar' is neither a folder nor a .tar file on this machine"),
-        (["index", "https://host/x.tar"], "is neither a folder nor a .tar file"),
         (["convert", "--json", "no.json", "--images", ".", "--out", "x"], "--json no.json is no file"),
         (["convert", "--json", "no.json", "--images", "none", "--out", "x"], "--images none is no folder"),
         (["export", ".", "--out", "x"], "is no shard folder"),

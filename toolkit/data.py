@@ -20,8 +20,8 @@ USAGE = """\
 python -m toolkit.data ACTION ...   (ACTION --help says more)
 
   convert   LLaVA JSON and a folder of pictures -> shards with an index and a manifest
-  index     tars of others (webdataset, img2dataset) as they are -> an index and a manifest beside them
-  verify    every fault of a folder of shards, by shard, key, field and byte
+  index     tars of others (webdataset, img2dataset) as they are, here or behind a URL -> an index, a manifest
+  verify    every fault of a folder of shards, here or behind a URL, by shard, key, field and byte
   inspect   what a data source holds: counts, floors, samples as the model reads them, a contact sheet
   export    shards -> LLaVA JSON and pictures, with the bytes they had
   features  a frozen encoder's features of every picture -> shards that train in place of the pictures
@@ -30,7 +30,12 @@ python -m toolkit.data ACTION ...   (ACTION --help says more)
 Exit codes: 0 done, 2 the request cannot be run, 3 the data have faults."""
 
 EXIT_BAD_REQUEST, EXIT_FAULTS = 2, 3
-_ELSEWHERE = {"inspect": "toolkit.data_inspect", "features": "toolkit.data_features"}
+_ELSEWHERE = {
+    "index": "toolkit.data_tars:index",
+    "verify": "toolkit.data_tars:verify",
+    "inspect": "toolkit.data_inspect:main",
+    "features": "toolkit.data_features:main",
+}
 _SHOWN = 20
 """Faults printed; all are in the report."""
 
@@ -48,7 +53,7 @@ def _main(words: list[str]) -> int:
     action, rest = words[0], words[1:]
     if action == "convert" and "--features" in rest:
         action, rest = "features", [word for word in rest if word != "--features"]
-    here = {"convert": _convert, "index": _index, "verify": _verify, "export": _export}
+    here = {"convert": _convert, "export": _export}
     known = [*here, *_ELSEWHERE]
     if action not in known:
         what = f"no action {action!r}; known: {', '.join(known)}"
@@ -58,7 +63,8 @@ def _main(words: list[str]) -> int:
     try:
         if action in here:
             return here[action](rest)
-        done: int = importlib.import_module(_ELSEWHERE[action]).main(rest)
+        module, _, function = _ELSEWHERE[action].partition(":")
+        done: int = getattr(importlib.import_module(module), function)(rest)
         return done
     except BadRecipe:
         raise
@@ -75,7 +81,7 @@ def parser(action: str, description: str) -> argparse.ArgumentParser:
     )
 
 
-def _count(text: str) -> int:
+def count(text: str) -> int:
     """A whole number that is not negative."""
     value = int(text)
     if value < 0:
@@ -91,10 +97,10 @@ def _convert(words: list[str]) -> int:
     )
     asked.add_argument("--out", type=Path, required=True, metavar="FOLDER")
     asked.add_argument(
-        "--shard-mb", type=_count, default=256, metavar="N", help="size of a shard; default 256"
+        "--shard-mb", type=count, default=256, metavar="N", help="size of a shard; default 256"
     )
     asked.add_argument(
-        "--allow-rejects", type=_count, default=0, metavar="N", help="unusable records left out"
+        "--allow-rejects", type=count, default=0, metavar="N", help="unusable records left out"
     )
     asked.add_argument("--repeated-ids", choices=("refuse", "keep"), default="refuse")
     asked.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
@@ -112,107 +118,29 @@ def _convert(words: list[str]) -> int:
         print(f"{len(error.rejects):,} records are unusable, listed in {error.file}; nothing was written.")
         print(f"repair them, or leave them out with --allow-rejects {len(error.rejects)}")
         return EXIT_FAULTS
-    left_out = _told(args.out, "" if fresh else " (converted before)")
+    left_out = told(args.out, "" if fresh else " (converted before)")
     if left_out > args.allow_rejects:
         print(f"records were left out when it was converted; that is allowed with --allow-rejects {left_out}")
         return EXIT_FAULTS
     return 0
 
 
-def _told(folder: Path, note: str = "") -> int:
-    """Prints what a folder of shards holds; returns how many samples were left out of it."""
+def told(folder: Path, note: str = "", *, name: str = "") -> int:
+    """Prints what a folder of shards, called `name`, holds; returns how many samples were left out of it."""
     from data.index import manifest_hash, read_manifest
 
     manifest = read_manifest(folder)
     totals, left_out = manifest["totals"], int(manifest["about"].get("rejects", 0))
     print(
-        f"{folder}: {totals['nsamples']:,} samples, {totals['images']:,} pictures in {totals['shards']:,} "
-        f"shards, {totals['filesize'] / 1e6:,.1f} MB, {left_out:,} left out{note}"
+        f"{name or folder}: {totals['nsamples']:,} samples, {totals['images']:,} pictures in "
+        f"{totals['shards']:,} shards, {totals['filesize'] / 1e6:,.1f} MB, {left_out:,} left out{note}"
     )
     print(f"manifest hash {manifest_hash(manifest)}")
     return left_out
 
 
-def _tars(given: Sequence[str]) -> list[Path]:
-    """The tars that paths name; a folder stands for those in it. ValueError for anything else."""
-    found: list[Path] = []
-    for word in given:
-        path = Path(word)
-        if path.is_dir():
-            found += sorted(p for p in path.iterdir() if p.suffix == ".tar")
-        elif path.suffix == ".tar" and path.is_file():
-            found.append(path)
-        else:
-            raise ValueError(f"{word!r} is neither a folder nor a .tar file on this machine")
-    return found
-
-
-def _index(words: list[str]) -> int:
-    asked = parser("index", "Makes tars that others wrote readable as they are.")
-    asked.add_argument("shards", nargs="+", metavar="TAR|FOLDER")
-    asked.add_argument(
-        "--out", type=Path, metavar="FOLDER", help="for index and manifest; default: beside the tars"
-    )
-    asked.add_argument(
-        "--text", default="auto", metavar="auto|json|txt|json:FIELD", help="where the text lies"
-    )
-    asked.add_argument("--ask", default="Describe the image briefly.", help="question that a caption answers")
-    asked.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
-    asked.add_argument("--allow-rejects", type=_count, default=0, metavar="N", help="faulty samples left out")
-    args = asked.parse_args(words)
-    from data.foreign import index_shards
-    from data.members import GIVEN_UP, MAX_FAULTS
-
-    shards = _tars(args.shards)
-    folders = {path.resolve().parent for path in shards}
-    if args.out is None and len(folders) > 1:
-        raise ValueError(f"the tars lie in {len(folders)} folders; say with --out where the index goes")
-    out = args.out or (shards[0].parent if shards else Path())
-    with Bar("index") as bar:
-        faults = index_shards(
-            shards,
-            out,
-            text=args.text,
-            ask=args.ask,
-            full=args.decode,
-            allow=args.allow_rejects,
-            progress=bar,
-        )
-    _printed(faults)
-    if any(fault.cause == GIVEN_UP for fault in faults):
-        print(f"more than {MAX_FAULTS:,} faults in a shard; nothing was written: repair it or leave it out")
-        return EXIT_FAULTS
-    if len(faults) > args.allow_rejects:
-        print(
-            f"{len(faults):,} faults; nothing was written. Leave them out with --allow-rejects {len(faults)}"
-        )
-        return EXIT_FAULTS
-    _told(out)
-    return 0
-
-
-def _verify(words: list[str]) -> int:
-    asked = parser("verify", "Every fault of a folder of shards, by shard, key, field and byte.")
-    asked.add_argument("folder", type=Path, metavar="FOLDER")
-    asked.add_argument("--decode", action="store_true", help="decode every picture, not only its header")
-    asked.add_argument("--report", type=Path, metavar="FILE", help="all faults as JSON lines")
-    args = asked.parse_args(words)
-    from data.records import dump_json
-    from data.verify import verify
-
-    with Bar("verify") as bar:
-        faults = list(verify(args.folder, full=args.decode, progress=bar))
-    if args.report is not None:
-        args.report.write_bytes(b"".join(dump_json(fault.row()) + b"\n" for fault in faults))
-    _printed(faults)
-    if faults:
-        print(f"{args.folder}: {len(faults):,} faults")
-        return EXIT_FAULTS
-    _told(args.folder, "; no faults")
-    return 0
-
-
-def _printed(faults: Sequence[Fault]) -> None:
+def printed(faults: Sequence[Fault]) -> None:
+    """Prints the first faults and how many more there are."""
     for fault in faults[:_SHOWN]:
         print(fault)
     _more(len(faults))
