@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -143,6 +144,14 @@ def eval_loader(
     return _loader(examples, batches, workers=workers, multiple=multiple, pin_memory=pin_memory)
 
 
+def _heedless(worker: int) -> None:
+    """Leaves signals that go to all processes of a run to the one that trains, which needs its workers."""
+    for name in {"SIGINT", "SIGUSR1"} & {*dir(signal)}:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    # A second one may come from the process that trains, as it ends a worker that does not answer.
+    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signum, signal.SIG_DFL) and None)
+
+
 def _loader(
     examples: Readable, batches: Any, *, workers: int, multiple: int, pin_memory: bool
 ) -> DataLoader[Any]:
@@ -156,5 +165,6 @@ def _loader(
         num_workers=workers,
         collate_fn=partial(collate, features=examples.features, multiple=multiple),
         generator=generator,
+        worker_init_fn=_heedless,
         pin_memory=pin_memory,
     )

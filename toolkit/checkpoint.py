@@ -1,47 +1,90 @@
-"""Weights of a run on disk: safetensors plus JSON in a directory that appears whole or not at all."""
+"""Weights and state of a run on disk: safetensors plus JSON in a folder that appears whole or not at all."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from data.atomic import draft_of, publish
 from toolkit.model import VisualRWKV
 
 WEIGHTS = "model.safetensors"
 FACTS = "checkpoint.json"
+MANIFEST = "manifest.json"
 
 
 def save(folder: Path, model: VisualRWKV, *, parts: list[str], facts: dict[str, Any]) -> None:
-    """Writes the weights of `parts` (what ever learned; frozen towers are left out) and `facts`.
+    """Writes `facts` and the weights of `parts`: what ever learned, so no frozen towers. See `write`."""
+    write(folder, {WEIGHTS: weights_of(model, parts)}, {"parts": parts, **facts})
 
-    Everything goes to a temporary sibling, is flushed to the disk and renamed, so that a checkpoint
-    that exists is complete.
-    """
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    weights = {
+
+def weights_of(model: VisualRWKV, parts: Iterable[str]) -> dict[str, Tensor]:
+    """Parameters and buffers of some parts by name, on the CPU."""
+    wanted = set(parts)
+    return {
         name: tensor.detach().cpu().contiguous()
         for name, tensor in model.state_dict().items()
-        if name.split(".")[0] in parts
+        if name.split(".")[0] in wanted
     }
-    save_file(weights, temporary / WEIGHTS)
-    (temporary / FACTS).write_text(json.dumps({"parts": parts, **facts}, indent=2) + "\n", encoding="utf-8")
-    for path in temporary.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.replace(folder)
+
+
+def write(
+    folder: Path,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    facts: Mapping[str, Any],
+    *,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Writes files of tensors, `facts` as JSON, other files by their content, and last the hashes of all.
+
+    Everything goes to a hidden sibling, is flushed to the disk and renamed, so that a checkpoint that exists
+    is complete. A folder of that name is replaced. Raises OSError where that cannot be, and leaves what was.
+    """
+    try:
+        with draft_of(folder) as draft:
+            for name, named in tensors.items():
+                save_file(dict(named), draft / name)
+            (draft / FACTS).write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+            for name, content in (files or {}).items():
+                (draft / name).write_bytes(content)
+            entries = {file.name: _entry(file) for file in sorted(draft.iterdir())}
+            text = json.dumps({"format": 1, "files": entries}, indent=2) + "\n"
+            (draft / MANIFEST).write_text(text, encoding="utf-8")
+            if not publish(draft, folder):
+                shutil.rmtree(folder)
+                publish(draft, folder)
+    except SafetensorError as error:  # its way to say that a file cannot be written
+        raise OSError(str(error)) from error
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def fault(folder: Path) -> str:
+    """What is wrong with a checkpoint's files; "" for one that is as it was written."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
+        for name, entry in files.items():
+            if _entry(folder / name) != entry:
+                return f"{name} is not as it was written"
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def load(folder: Path, model: VisualRWKV) -> dict[str, Any]:
     """Loads the weights of a checkpoint strictly into the parts it holds; returns its facts."""
-    facts: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    facts = facts_of(folder)
     weights = load_file(folder / WEIGHTS)
     wanted = {n for n in model.state_dict() if n.split(".")[0] in facts["parts"]}
     missing, surplus = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
@@ -52,3 +95,9 @@ def load(folder: Path, model: VisualRWKV) -> dict[str, Any]:
         )
     model.load_state_dict(weights, strict=False)
     return facts
+
+
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What a checkpoint tells beside its tensors."""
+    found: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    return found

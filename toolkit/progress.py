@@ -32,12 +32,15 @@ class Ticker:
             log.info("%s %s/%s", self.name, f"{done:,}", f"{self.total:,}")
 
 
-def say(name: str, step: int, steps: int, loss: float, seconds: float, *, after: float = 0.0) -> None:
+def say(
+    name: str, step: int, steps: int, loss: float, seconds: float, *, after: float = 0.0, start: int = 0
+) -> None:
     """`tune 500/2000  loss 0.521  24.1 steps/s  62 s left, 12 min in all`: a stage, after so many seconds.
 
     after: what follows the stage (later stages, evaluation, other rows of a sweep), in steps of this stage.
+    start: steps of it that an earlier process did.
     """
-    speed = step / max(seconds, 1e-9)
+    speed = max(step - start, 1) / max(seconds, 1e-9)
     left = f"{(steps - step) / speed:.0f} s left"
     if after:
         left += f", {duration((steps - step + after) / speed)} in all"
@@ -47,8 +50,8 @@ def say(name: str, step: int, steps: int, loss: float, seconds: float, *, after:
 class PlainProgress(L.Callback):
     """`tune 500/2000  loss 0.521  24.1 steps/s  62 s left`, every INTERVAL seconds and at the end."""
 
-    def __init__(self, name: str, *, after: float = 0.0) -> None:
-        self.name, self.after = name, after
+    def __init__(self, name: str, *, after: float = 0.0, start: int = 0) -> None:
+        self.name, self.after, self.start = name, after, start
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.began = self.spoke = time.monotonic()
@@ -60,7 +63,7 @@ class PlainProgress(L.Callback):
         if trainer.is_global_zero and (now - self.spoke >= INTERVAL or step == steps) and step:
             self.spoke = now
             loss = float(outputs["loss"])
-            say(self.name, step, steps, loss, now - self.began, after=self.after)
+            say(self.name, step, steps, loss, now - self.began, after=self.after, start=self.start)
 
 
 class StageBar(RichProgressBar):
@@ -80,6 +83,8 @@ class StageBar(RichProgressBar):
         return {key: value for key, value in shown.items() if key != "v_num"}
 
 
-def bar(name: str, *, after: float = 0.0) -> L.Callback:
-    """A rich bar on a terminal, plain lines elsewhere. after: see `say`."""
-    return StageBar(name) if sys.stdout.isatty() else PlainProgress(name, after=after)
+def bar(name: str, *, after: float = 0.0, start: int = 0) -> L.Callback:
+    """A rich bar on a terminal, plain lines elsewhere. after, start: see `say`."""
+    if sys.stdout.isatty():
+        return StageBar(f"{name} from step {start:,}" if start else name)
+    return PlainProgress(name, after=after, start=start)
