@@ -133,7 +133,13 @@ def test_a_block_is_captured_in_a_cuda_graph(recurrence: str, lengths: list[int]
 
 def test_a_whole_run_on_the_gpu(tmp_path: Path) -> None:
     pytest.importorskip("easy_vqa", reason="easy-VQA comes with the demo extra")
-    words = ["data.limit=12", "stages.tune.steps=5", "stages.tune.warmup=0", "eval.limit=20"]
+    words = [
+        "recipe=quickstart",
+        "data.limit=12",
+        "stages.tune.steps=5",
+        "stages.tune.warmup=0",
+        "eval.limit=20",
+    ]
     paths = [f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
     assert run.main(["hardware.precision=bf16", "hardware.device=cuda", *words, *paths]) == 0
     (result,) = (tmp_path / "runs").glob("*/result.json")

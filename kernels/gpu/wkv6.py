@@ -18,8 +18,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
 
 
 class Tiles(NamedTuple):
-    """Steps per chunk; value channels, warps and pipeline depth of a walk; key channels, warps, depth and
-    chunks of a backward program. Tuned on an H100 with `python -m benchmarks.tune_kernels`."""
+    """Steps per chunk; value channels, warps and pipeline depth of a walk; key channels and warps of a
+    backward program. Tuned on an H100 with `python -m benchmarks.tune_kernels`."""
 
     chunk: int
     values: int
@@ -27,15 +27,13 @@ class Tiles(NamedTuple):
     stages: int
     keys: int
     warps_back: int
-    stages_back: int
-    run: int
 
 
 TILES = {
-    16: Tiles(32, 16, 4, 1, 16, 4, 1, 1),
-    32: Tiles(32, 32, 4, 1, 32, 4, 1, 1),
-    64: Tiles(64, 64, 4, 2, 32, 4, 2, 4),
-    128: Tiles(32, 64, 4, 1, 32, 4, 1, 1),
+    16: Tiles(32, 16, 4, 1, 16, 4),
+    32: Tiles(32, 32, 4, 1, 32, 4),
+    64: Tiles(64, 64, 4, 2, 32, 4),
+    128: Tiles(32, 64, 4, 1, 32, 4),
 }
 """Head size -> tiles."""
 
@@ -45,7 +43,7 @@ MILD = 60.0
 PROGRAMS = 264
 """Walks that run at once: two on each multiprocessor of an H100. Fewer or more are cut into segments."""
 
-LOCAL = 0.3
+LOCAL = 0.5
 """What the pass that segments need first costs of the walk itself."""
 
 SHORTEST = 8
@@ -289,10 +287,7 @@ def _backward(
     ragged = (cu, lengths, go.chunk_table, time, heads, p.slots)
     shape = {"N": n, "BK": tiles.keys, "L": tiles.chunk, "num_warps": tiles.warps_back, **go.flags}
     columns = heads * (n // tiles.keys)
-    backward[(columns, -(-go.slots // tiles.run))](
-        *tensors, *ragged, go.slots, *_strides(r, k, v, w),
-        RUN=tiles.run, num_stages=tiles.stages_back, **shape,
-    )  # fmt: skip
+    backward[(columns, go.slots)](*tensors, *ragged, *_strides(r, k, v, w), num_stages=1, **shape)
     backward_strong[(columns, go.slots)](
         *tensors, flags, *ragged, *_strides(r, k, v, w),
         LEVELS=tiles.chunk.bit_length() - 1, LEAF=LEAF, LIMIT=MILD, num_stages=1, **shape,

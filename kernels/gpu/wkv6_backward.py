@@ -51,19 +51,18 @@ def store_decay(dw, at, part, dwt, row, n, y_t, BK: tl.constexpr, L: tl.constexp
         store_tile(dw + at, row, n, y_t, dwt, BK, L)
 
 
-@triton.jit(do_not_specialize=["T", "H", "slots", "total"])
+@triton.jit(do_not_specialize=["T", "H", "slots"])
 def backward(
     r, k, v, w, u, dy, dr, dk, dw, du, chunks, dchunks, cu, lengths, table,
-    T, H, slots, total,
+    T, H, slots,
     r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h,
-    N: tl.constexpr, BK: tl.constexpr, L: tl.constexpr, RUN: tl.constexpr,
-    STATIC: tl.constexpr, PACKED: tl.constexpr, HAS_LEN: tl.constexpr, SPLIT: tl.constexpr,
+    N: tl.constexpr, BK: tl.constexpr, L: tl.constexpr, STATIC: tl.constexpr,
+    PACKED: tl.constexpr, HAS_LEN: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """dr, dk, dw per token; du (and dw of RWKV-5) as one row per chunk, to be added up.
 
-    A program has RUN chunks, one after another, so that the next one's tiles load while one is computed. All
-    chunks are taken for mild; what comes out for strong ones means nothing and is overwritten by
-    `backward_strong`, which runs next. A branch for them would cost the others their registers.
+    A program has one chunk. All chunks are taken for mild; what comes out for strong ones means nothing and is
+    overwritten by `backward_strong`, which runs next. A branch for them would cost the others their registers.
     """
     slices: tl.constexpr = N // BK
     head = tl.program_id(0) // slices
@@ -73,43 +72,41 @@ def backward(
     j = tl.arange(0, L)[None, :]
     square = tl.arange(0, N)[:, None] * N + cut + tl.arange(0, BK)[None, :]
     bonus = tl.load(u + head * N + cut + tl.arange(0, BK)).to(tl.float32)[None, :]
-    begin = tl.program_id(1) * RUN
-    for slot in range(begin, tl.minimum(begin + RUN, total)):
-        b, first, n, c = place(slot, cu, lengths, table, T, slots, PACKED, HAS_LEN)
-        row = c * L
-        n = tl.where(c < 0, 0, n)
-        where = tl.cast(slot, tl.int64) * H + head
-        rt, kt, vt, wt, dyt = load_chunk(
-            r, k, v, w, dy, row, n, b, first, head, cut, H, T,
-            r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h, N, BK, L, STATIC,
-        )  # fmt: skip
-        s = tl.load(chunks + where * (N * N) + square)  # [V, BK]
-        ds = tl.load(dchunks + where * (N * N) + square)  # [V, BK]
-        at = (b * T + first) * y_t + head * N + cut
-        part = where * N + cut + tl.arange(0, BK)
-        # In this order few tiles live at once. The gradient of the scores is formed twice, once transposed:
-        # two exact products are cheaper than a transposition.
-        after = suffix(wt, row, n, i, j, BK, L, STATIC, SPLIT)
-        ahead = -(after + wt.to(tl.float32) * LOG2E)  # decay from each step on [L, BK]
-        query = bounded(rt * tl.exp2(ahead))
-        key = kt * tl.exp2(after)
-        s *= tl.exp2(tl.sum(wt.to(tl.float32), 0) * LOG2E)[None, :]
-        dquery = mm_left(dyt, s, SPLIT)
-        dtotal = tl.sum(s * ds, 0) + tl.sum(query * dquery, 0)
-        dscores = mm_both(dyt, tl.trans(vt), SPLIT)
-        ddiagonal = diagonal_of(dscores, i, j)  # [L, 1]
-        tl.store(du + part, tl.sum(ddiagonal * rt * kt, 0))
-        dquery += mm(tl.where(i > j, dscores, 0.0), key, SPLIT)
-        drt = dquery * tl.exp2(ahead) + ddiagonal * kt * bonus
-        store_tile(dr + at, row, n, y_t, drt, BK, L)
-        from_query = query * dquery
-        dwt = dtotal[None, :] - from_query
-        dscores_t = tl.where(j > i, mm_both(vt, tl.trans(dyt), SPLIT), 0.0)
-        dkey = mm_left(vt, ds, SPLIT) + mm(dscores_t, query, SPLIT)
-        dkt = dkey * tl.exp2(after) + ddiagonal * rt * bonus
-        store_tile(dk + at, row, n, y_t, dkt, BK, L)
-        dwt += over_time(j < i, key * dkey - from_query, False, SPLIT)
-        store_decay(dw, at, part, dwt, row, n, y_t, BK, L, STATIC)
+    b, first, n, c = place(tl.program_id(1), cu, lengths, table, T, slots, PACKED, HAS_LEN)
+    row = c * L
+    n = tl.where(c < 0, 0, n)
+    where = tl.program_id(1).to(tl.int64) * H + head
+    rt, kt, vt, wt, dyt = load_chunk(
+        r, k, v, w, dy, row, n, b, first, head, cut, H, T,
+        r_b, r_t, r_h, k_b, k_t, k_h, v_b, v_t, v_h, w_b, w_t, w_h, N, BK, L, STATIC,
+    )  # fmt: skip
+    s = tl.load(chunks + where * (N * N) + square)  # [V, BK]
+    ds = tl.load(dchunks + where * (N * N) + square)  # [V, BK]
+    at = (b * T + first) * y_t + head * N + cut
+    part = where * N + cut + tl.arange(0, BK)
+    # In this order few tiles live at once. The gradient of the scores is formed twice, once transposed:
+    # two exact products are cheaper than a transposition.
+    after = suffix(wt, row, n, i, j, BK, L, STATIC, SPLIT)
+    ahead = -(after + wt.to(tl.float32) * LOG2E)  # decay from each step on [L, BK]
+    query = bounded(rt * tl.exp2(ahead))
+    key = kt * tl.exp2(after)
+    s *= tl.exp2(tl.sum(wt.to(tl.float32), 0) * LOG2E)[None, :]
+    dquery = mm_left(dyt, s, SPLIT)
+    dtotal = tl.sum(s * ds, 0) + tl.sum(query * dquery, 0)
+    dscores = mm_both(dyt, tl.trans(vt), SPLIT)
+    ddiagonal = diagonal_of(dscores, i, j)  # [L, 1]
+    tl.store(du + part, tl.sum(ddiagonal * rt * kt, 0))
+    dquery += mm(tl.where(i > j, dscores, 0.0), key, SPLIT)
+    drt = dquery * tl.exp2(ahead) + ddiagonal * kt * bonus
+    store_tile(dr + at, row, n, y_t, drt, BK, L)
+    from_query = query * dquery
+    dwt = dtotal[None, :] - from_query
+    dscores_t = tl.where(j > i, mm_both(vt, tl.trans(dyt), SPLIT), 0.0)
+    dkey = mm_left(vt, ds, SPLIT) + mm(dscores_t, query, SPLIT)
+    dkt = dkey * tl.exp2(after) + ddiagonal * rt * bonus
+    store_tile(dk + at, row, n, y_t, dkt, BK, L)
+    dwt += over_time(j < i, key * dkey - from_query, False, SPLIT)
+    store_decay(dw, at, part, dwt, row, n, y_t, BK, L, STATIC)
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
