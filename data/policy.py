@@ -132,12 +132,12 @@ def readable(reader: ShardReader, *, policy: str) -> Iterator[Example]:
         yield example
 
 
-def reported(report: Path) -> dict[int, dict[str, Any]]:
-    """Rows of a report by number of the example; none without a file."""
+def reported(report: Path) -> dict[int | str, dict[str, Any]]:
+    """Rows of a report by number of the example, by shard and key if it was streamed; none without a file."""
     if not report.exists():
         return {}
     rows = (json.loads(line) for line in report.read_text(encoding="utf-8").splitlines() if line.strip())
-    return {int(row["example"]): row for row in rows}
+    return {row.get("example", f"{row['shard']}: {row.get('key', '')}"): row for row in rows}
 
 
 class Counted:

@@ -14,7 +14,7 @@ from data.packing import Bucketed
 from data.plan import Plan
 from data.reader import ShardReader
 from tests.data.helpers import shard_folder
-from toolkit import feed
+from toolkit import plans
 from toolkit.corpus import shares, wanted
 from toolkit.rundir import run_id
 from toolkit.schema import RunConf, StageConf
@@ -36,7 +36,7 @@ def conf(**stage):
 
 
 def order(corpus, **stage):
-    return feed.order(conf(**stage), corpus, "tune", n_image=4)
+    return plans.order(conf(**stage), corpus, "tune", n_image=4)
 
 
 def test_a_split_alone_is_shuffled_fully(corpus):
@@ -80,7 +80,7 @@ def test_all_splits_of_a_mixture_are_opened():
     settings = conf(mix=["a:1", "c:2"])
     assert ("stages.tune.mix", "c") in wanted(settings)
     assert shares("tune", settings.stages["tune"]) == {"a": 1.0, "c": 2.0}
-    assert feed.splits(settings, "tune") == ["a", "c"]
+    assert plans.splits(settings, "tune") == ["a", "c"]
 
 
 def test_a_run_keeps_its_name_where_nothing_new_is_asked():

@@ -148,7 +148,7 @@ def test_resident_steps_train_as_the_trainer_does(
     """Whole runs: the same batches, losses, rates, points and weights, to rounding."""
     paths = [f"paths.cache={cache}", "hardware.threads=1"]
     assert run.main([*TINY, *paths, f"paths.runs={tmp_path / 'trainer'}"]) == 0
-    monkeypatch.setattr(graphs, "obstacle", lambda *arguments: "")
+    monkeypatch.setattr(graphs, "obstacle", lambda *arguments, **options: "")
     monkeypatch.setattr(graphs.Steps, "capture", lambda self: 0.01)
     assert run.main([*TINY, *paths, f"paths.runs={tmp_path / 'steps'}"]) == 0
     trainer, steps = only(tmp_path / "trainer"), only(tmp_path / "steps")

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import torch
 from data.features import FeatureTable, build_features, estimate_bytes
 from data.policy import readable
 from data.reader import ShardReader
+from data.records import Example
+from data.streamed import Streamed
 from data.tokens import CompactTokenizer, Tokenizer, WorldTokenizer
 from toolkit import register
-from toolkit.contracts import ImageFeatures, Prompt, Text, mapped
+from toolkit.contracts import DataSource, ImageFeatures, Prompt, Text, Unindexed, mapped
 from toolkit.data_stored import stored
 from toolkit.explain import closest
 from toolkit.model import VisualRWKV
@@ -40,9 +43,18 @@ class Corpus:
         self.conf = conf
         self.cache = cache_folder(conf)
         folders = register.bind("data", conf.data)(self.cache)
+        found = {split: open_split(folders, split, key) for key, split in wanted(conf)}
+        self.streams = {
+            split: replace(tars, seed=conf.seed)
+            for split, tars in found.items()
+            if isinstance(tars, Streamed)
+        }
+        for split in self.streams:
+            refuse_stream(conf, split)
         self.readers = {
-            split: ShardReader(open_split(folders, split, key), whole=self.policy(split) == "strict")
-            for key, split in wanted(conf)
+            split: ShardReader(folder, whole=self.policy(split) == "strict")
+            for split, folder in found.items()
+            if isinstance(folder, Path)
         }
         self.prompts = {name: prompt_of(conf, stage.prompt) for name, stage in conf.stages.items()}
         self.prompt = prompt_of(conf, "")
@@ -62,6 +74,19 @@ class Corpus:
             for example in readable(self.readers[split], policy=self.policy(split)):
                 yield from (s.text for s in prompt(example.turns) if isinstance(s, Text))
 
+    @property
+    def hashes(self) -> dict[str, str | None]:
+        """Split -> what names its data; None for one that is streamed, whose data nothing names."""
+        return {
+            **{split: reader.manifest_hash for split, reader in self.readers.items()},
+            **dict.fromkeys(self.streams),
+        }
+
+    def texts(self, split: str) -> Iterable[Example] | None:
+        """Every example of a split that can be read, None for one that is streamed."""
+        reader = self.readers.get(split)
+        return None if reader is None else readable(reader, policy=self.policy(split))
+
     def policy(self, split: str) -> str:
         """`faults` for splits that only train; what is scored must be read whole."""
         scored = {name for key, name in wanted(self.conf) if key.startswith("eval.")}
@@ -70,6 +95,11 @@ class Corpus:
     def features(self, model: VisualRWKV, device: torch.device) -> dict[str, FeatureTable]:
         """Features of every picture of every split, once; empty if they are to be computed each time."""
         made = stored(self.conf, model, self.readers)
+        if made and self.streams:
+            raise ValueError(
+                f"split {next(iter(made))!r} holds features, and split {next(iter(self.streams))!r} streams "
+                "pictures; name a folder of pictures for both"
+            )
         where: Any = "off" if len(made) == len(self.readers) else self._where(model)
         if where == "off":
             return self._complete(made)
@@ -108,6 +138,12 @@ class Corpus:
     def _where(self, model: VisualRWKV) -> Any:
         """ "memory", "disk" or "off", as `features.cache` says; "auto" keeps what fits the limit on disk."""
         wanted = self.conf.features.cache
+        if self.streams:
+            if wanted == "auto":
+                log.info(
+                    "features are computed in each step: a stream's pictures have no number to keep them by"
+                )
+            return "off"
         learns = any(p.requires_grad for p in model.encoder.parameters())
         if wanted in ("memory", "disk") and learns:
             raise ValueError(
@@ -144,6 +180,39 @@ def wanted(conf: RunConf) -> list[tuple[str, str]]:
     ]
 
 
+def refuse_stream(conf: RunConf, split: str) -> None:
+    """ValueError naming the first setting that asks of a streamed split what only an index gives."""
+    for key, name in wanted(conf):
+        if name == split and key.startswith("eval."):
+            raise ValueError(
+                f"{key}={split}: this split is streamed, and what is scored is read by an index, each sample "
+                f"once; write python -m toolkit.data index TARS --out FOLDER, data.test=FOLDER and {key}=test"
+            )
+        if name == split and key.endswith(".mix"):
+            raise ValueError(
+                f"{key}: split {split!r} is streamed, and shares need splits that are read by an index; "
+                f"write {key}=[] and join the tars of both by :: in data.{split}"
+            )
+    if conf.model.vocab == "dataset":
+        raise ValueError(
+            f"model.vocab=dataset numbers the tokens of all texts before training, and split {split!r} is "
+            "streamed; write model.vocab=world"
+        )
+    if conf.features.cache in ("memory", "disk"):
+        raise ValueError(
+            f"features.cache={conf.features.cache} keeps features by the number of a picture, and split "
+            f"{split!r} is streamed; write features.cache=off"
+        )
+    asked = {"block": 1, "window": 8, "bucket": 0, "tokens": 0}
+    for name, stage in conf.stages.items():
+        for key, default in asked.items():
+            if stage.split == split and getattr(stage, key, default) != default:
+                raise ValueError(
+                    f"stages.{name}.{key}={getattr(stage, key)} is an order by index, and split {split!r} is "
+                    f"streamed through a buffer (data.shuffle); write stages.{name}.{key}={default}"
+                )
+
+
 def shares(name: str, stage: StageConf) -> dict[str, float]:
     """Split -> share of a stage's mixture, empty if it reads `split` alone; ValueError naming the key."""
     found: dict[str, float] = {}
@@ -164,8 +233,8 @@ def shares(name: str, stage: StageConf) -> dict[str, float]:
     return found
 
 
-def open_split(folders: Mapping[str, Path], split: str, key: str) -> Path:
-    """The folder of a split; ValueError with the near names if the source has none of that name."""
+def open_split(folders: DataSource, split: str, key: str) -> Path | Unindexed:
+    """The folder or the tars of a split; ValueError with the near names if the source has no such split."""
     if split not in folders:
         near = closest(split, folders)
         hint = f"; did you mean {near[0]}?" if near else ""

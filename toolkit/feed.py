@@ -1,4 +1,4 @@
-"""What a stage trains on and in which order: one split or several in shares, shuffled, sorted by length."""
+"""What a stage trains on: samples by a plan, or a stream."""
 
 from __future__ import annotations
 
@@ -7,24 +7,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
-
 from data.batch import collate
 from data.dataset import Examples
 from data.joined import Joined
 from data.loader import per_step, train_loader
-from data.mixture import Mixture, Source
-from data.packing import Bucketed
-from data.plan import Ints, Plan, Resumable, Steps
+from data.packing import Packed
+from data.plan import Resumable
 from data.policy import Counted, Guarded, reported
 from toolkit.contracts import Batch
-from toolkit.corpus import Corpus, shares
+from toolkit.corpus import Corpus
 from toolkit.left_out import over_ranks, part
 from toolkit.model import VisualRWKV
-from toolkit.schema import RunConf
-from toolkit.scoring import examples
-
-_BYTES_PER_TOKEN = 4
+from toolkit.plans import order, per_rank, splits
+from toolkit.schema import RunConf, StageConf
+from toolkit.scoring import examples, options
+from toolkit.streaming import Streaming
 
 PLANNED = {
     "mode": "plan",
@@ -51,6 +48,10 @@ class Feed(Protocol):
     @property
     def features(self) -> Any:
         """The table of a frozen encoder's features, None if pictures are encoded in each step."""
+
+    @property
+    def per_epoch(self) -> int | None:
+        """Steps of an epoch, None if nobody knows."""
 
     @property
     def eager(self) -> str:
@@ -99,6 +100,8 @@ class Planned:
     plan: Any
     dataset: Guarded
     apart: Guarded
+    name: str
+    stage: StageConf
 
     @property
     def features(self) -> Any:
@@ -109,8 +112,13 @@ class Planned:
         return self.dataset.report
 
     @property
+    def per_epoch(self) -> int:
+        found: int = self.plan.steps_per_epoch
+        return found
+
+    @property
     def eager(self) -> str:
-        return ""
+        return "micro batches within a token budget differ in shape" if isinstance(self.plan, Packed) else ""
 
     def loader(
         self,
@@ -137,10 +145,12 @@ class Planned:
         return Counted(made, self.plan, first_step=start_step, report=self.report, summed=over_ranks)
 
     def per_step(self, *, world: int = 1, micro: int = 0) -> int:
+        if isinstance(self.plan, Packed) and not micro:
+            return per_rank(self.plan, self.stage, name=self.name, world=world)
         return per_step(self.plan, world=world, micro=micro)
 
     def first(self, samples: int) -> Batch:
-        items, _ = self.plan.step(0)
+        items = self.plan.items(0)
         read = self.apart.__getitems__([(int(j), 1.0) for j in items[:samples]])
         return collate(read, features=self.apart.features)
 
@@ -162,12 +172,16 @@ def feed(conf: RunConf, corpus: Corpus, name: str, model: VisualRWKV, features: 
     read = splits(conf, name)
     strict = any(corpus.policy(split) == "strict" for split in read)
     report = part(folder / f"left_out-{'+'.join(read)}.jsonl")
+    policy, stage = "strict" if strict else "tolerant", conf.stages[name]
+    if stage.split in corpus.streams:
+        asked = options(conf, corpus, model, prompt=corpus.prompts[name], answer=True)
+        return Streaming(corpus.streams[stage.split], asked, stage.global_batch, policy, report)
 
     def guarded() -> Guarded:
         made: Any = samples(conf, corpus, name, model, features)
-        return Guarded(made, policy="strict" if strict else "tolerant", report=report)
+        return Guarded(made, policy=policy, report=report)
 
-    return Planned(order(conf, corpus, name, n_image=model.n_image), guarded(), guarded())
+    return Planned(order(conf, corpus, name, n_image=model.n_image), guarded(), guarded(), name, stage)
 
 
 def samples(
@@ -180,43 +194,3 @@ def samples(
         for split in splits(conf, name)
     }
     return Joined(parts) if stage.mix else parts[stage.split]
-
-
-def splits(conf: RunConf, name: str) -> list[str]:
-    """The splits that a stage trains on."""
-    return list(shares(name, conf.stages[name])) or [conf.stages[name].split]
-
-
-def order(conf: RunConf, corpus: Corpus, name: str, *, n_image: int) -> Steps:
-    """The order in which a stage takes its samples. Raises ValueError naming the key for what cannot be."""
-    stage = conf.stages[name]
-    shuffle = {"block": stage.block, "window": stage.window}
-    plan: Steps
-    if stage.mix:
-        try:
-            sources = tuple(_sources(corpus, shares(name, stage)))
-            plan = Mixture(sources, stage.global_batch, conf.seed, **shuffle)
-        except ValueError as error:
-            raise ValueError(f"stages.{name}.mix: {error}") from error
-    else:
-        reader = corpus.readers[stage.split]
-        n = len(reader.examples.record)
-        plan = Plan(n, stage.global_batch, conf.seed, reader.manifest_hash, **shuffle)
-    if not stage.bucket:
-        return plan
-    lengths = [_lengths(corpus, split, n_image) for split in splits(conf, name)]
-    return Bucketed(plan, np.concatenate(lengths), stage.bucket, conf.seed)
-
-
-def _sources(corpus: Corpus, mix: dict[str, float]) -> list[Source]:
-    return [
-        Source(split, len(corpus.readers[split].examples.record), corpus.readers[split].manifest_hash, share)
-        for split, share in mix.items()
-    ]
-
-
-def _lengths(corpus: Corpus, split: str, n_image: int) -> Ints:
-    """About how many tokens every example has, from the index alone."""
-    reader = corpus.readers[split]
-    pictured = np.array([reader.has_image(i) for i in range(len(reader))])
-    return reader.text_sizes // _BYTES_PER_TOKEN + n_image * pictured[reader.examples.record]

@@ -36,10 +36,13 @@ class Capture(RuntimeError):
     """A step could not be captured; the message says why."""
 
 
-def obstacle(hardware: HardwareConf, stage: StageConf, features: object, device: torch.device) -> str:
+def obstacle(
+    hardware: HardwareConf, stage: StageConf, features: object, device: torch.device, *, order: str = ""
+) -> str:
     """Why a stage does not train as a CUDA graph; "" if it can. ValueError if `always` was asked for.
 
-    features: the table of a frozen encoder's features, None if they are computed in each step.
+    features: the table of a frozen encoder's features, None if they are computed in each step. order: what
+    in the order of the samples stands against it.
     """
     if hardware.graph == "never":
         return "asked for"
@@ -50,6 +53,8 @@ def obstacle(hardware: HardwareConf, stage: StageConf, features: object, device:
         why = f"gradients are summed over {ranks.world()} ranks"
     elif hardware.micro_batch not in (0, stage.global_batch):
         why = f"gradients of hardware.micro_batch={hardware.micro_batch} are accumulated"
+    elif order:
+        why = order
     elif features is None:
         why = "features of pictures are computed in each step"
     return refused(hardware, why) if why else ""

@@ -15,7 +15,6 @@ from lightning.pytorch.loggers import Logger
 
 import kernels
 from data.cluster import Place
-from data.policy import readable
 from data.tokens import WorldTokenizer
 from toolkit import checkpoint, curve, metrics, ranks
 from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
@@ -149,16 +148,13 @@ def execute(
     learned_from = list(conf.stages.values())[-1].split
     return {
         **metrics.summary(predictions),
-        **floors(
-            readable(corpus.readers[learned_from], policy=corpus.policy(learned_from)),
-            scored_examples(conf, corpus),
-        ),
+        **floors(corpus.texts(learned_from), scored_examples(conf, corpus)),
         "image_tokens": model.n_image,
         **facts,
         "curve": curve.read(run.curve),
         "data_wait": summary_of_waits(run.waits),
         "vocabulary": corpus.tokenizer.size,
-        "data": {split: reader.manifest_hash for split, reader in corpus.readers.items()},
+        "data": corpus.hashes,
         "kernels": kernels.chosen(),
         "device": str(device),
     }
@@ -309,9 +305,14 @@ class Timer:
         self.facts[self.name] = round(time.monotonic() - self.began, 1)
 
 
+def share(value: float | None) -> str:
+    """A share in percent; what nobody knows is called so."""
+    return "unknown" if value is None else f"{100 * value:.2f} %"
+
+
 def closing_line(path: Path, result: Mapping[str, Any]) -> str:
     """What a run says when it ends."""
-    percent = {k: f"{100 * result[k]:.2f} %" for k in ("accuracy", "majority", "blind")}
+    percent = {k: share(result[k]) for k in ("accuracy", "majority", "blind")}
     return (
         f"accuracy {percent['accuracy']} on {result['n']:,} questions (majority {percent['majority']}, "
         f"question only {percent['blind']}) in {result['seconds']:.0f} s: {path}"

@@ -126,10 +126,21 @@ def _batches(cfg: Config) -> Found:
     micro = cfg["hardware"]["micro_batch"]
     for name, stage in cfg["stages"].items():
         total = stage["global_batch"]
-        if micro and total % micro:
+        if stage["tokens"]:
+            yield from _budget(stage, f"stages.{name}", micro)
+        elif micro and total % micro:
             good = max(n for n in range(1, micro + 1) if total % n == 0)
             what = f"{micro} does not divide stages.{name}.global_batch={total}"
             yield "hardware.micro_batch", what, (), f"hardware.micro_batch={good}"
+
+
+def _budget(stage: Config, head: str, micro: int) -> Found:
+    if micro:
+        what = f"micro batches are what {head}.tokens={stage['tokens']} holds, not {micro} samples"
+        yield "hardware.micro_batch", what, (), "hardware.micro_batch=0"
+    if stage["bucket"]:
+        what = f"{head}.tokens={stage['tokens']} puts samples of like length together already"
+        yield f"{head}.bucket", what, (), f"{head}.bucket=0"
 
 
 _OWNERS = {"lm": ("recurrence", "model."), "proj": ("projector",)}

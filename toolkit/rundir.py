@@ -23,7 +23,7 @@ FROM_SCRATCH = {"weights": ""}
 LATER = {"every": 0, "every_limit": 0}
 """Settings of `eval` that came later, at the values that ask for nothing, for the same reason."""
 
-LATER_IN_STAGES: dict[str, Any] = {"mix": [], "block": 1, "window": 8, "bucket": 0}
+LATER_IN_STAGES: dict[str, Any] = {"mix": [], "block": 1, "window": 8, "bucket": 0, "tokens": 0}
 """The same of a stage."""
 
 PACKAGES = (

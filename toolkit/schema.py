@@ -51,6 +51,7 @@ class StageConf:
     block: Positive = 1  # neighbours that stay together; 1: a full shuffle, 64 suits data behind a URL
     window: Positive = 8  # blocks that are shuffled into each other
     bucket: Count = 0  # steps whose samples are sorted by length together, to pad less; 0: not sorted
+    tokens: Count = 0  # most samples x longest of a micro batch; global_batch is then a mean; 0: no limit
     prompt: str = ""  # registered prompt for this stage; empty: the recipe's
     steps: Count = 1000  # optimizer steps; 0 with epochs set
     epochs: Annotated[float, Range(0)] = 0.0  # passes over the split, if steps is 0

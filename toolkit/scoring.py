@@ -35,18 +35,24 @@ def examples(
     answer: bool,
 ) -> Examples:
     """The samples of a split, as the model reads them."""
-    return Examples(
-        corpus.readers[split],
-        prompt=prompt,
-        tokenizer=corpus.tokenizer,
-        n_image=model.n_image,
-        ctx_len=conf.model.ctx_len,
-        overlong="cut" if conf.model.overlong == "cut" else "refuse",
-        transform=None if features else model.encoder.transform(),
-        features=features.get(split),
-        draft=conf.features.draft,
-        answer=answer,
-    )
+    made = options(conf, corpus, model, prompt=prompt, answer=answer)
+    if features:
+        made |= {"features": features.get(split), "transform": None}
+    return Examples(corpus.readers[split], **made)
+
+
+def options(conf: RunConf, corpus: Corpus, model: VisualRWKV, *, prompt: Any, answer: bool) -> dict[str, Any]:
+    """What `Examples` takes beside the reader where pictures are encoded in each step."""
+    return {
+        "prompt": prompt,
+        "tokenizer": corpus.tokenizer,
+        "n_image": model.n_image,
+        "ctx_len": conf.model.ctx_len,
+        "overlong": conf.model.overlong,
+        "transform": model.encoder.transform(),
+        "draft": conf.features.draft,
+        "answer": answer,
+    }
 
 
 def scored_examples(conf: RunConf, corpus: Corpus) -> list[Example]:
@@ -112,15 +118,20 @@ def probes(
 
     return [Probe(run.curve, every=conf.eval.every, first_step=first_step, last_step=last_step, score=score)]
 
+def floors(train: Iterable[Example] | None, scored: Sequence[Example]) -> dict[str, Any]:
+    """`majority` and `blind` of the whole split, and of each question type under `floors`.
 
-def floors(train: Iterable[Example], scored: Sequence[Example]) -> dict[str, Any]:
-    """`majority` and `blind` of the whole split, and of each question type under `floors`."""
-    learned = list(train)
+    train: what was learned from; None if nobody can go through it, and `blind` is None too.
+    """
+    learned = None if train is None else list(train)
     return {
         "majority": majority(scored),
-        "blind": blind(learned, scored),
+        "blind": None if learned is None else blind(learned, scored),
         "floors": {
-            kind: {"majority": majority(asked), "blind": blind(_of_kind(learned, kind), asked)}
+            kind: {
+                "majority": majority(asked),
+                "blind": None if learned is None else blind(_of_kind(learned, kind), asked),
+            }
             for kind, asked in sorted(_by_kind(scored).items())
         },
     }

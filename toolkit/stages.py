@@ -91,7 +91,7 @@ def planned(task: Task) -> list[Stage]:
     for name, stage in task.conf.stages.items():
         made = feed.feed(task.conf, task.corpus, name, task.model, task.features, task.run.path)
         first = stages[-1].first_step + stages[-1].steps if stages else 0
-        steps = stage_steps(stage, made.plan.steps_per_epoch, name=name)
+        steps = stage_steps(stage, made.per_epoch, name=name)
         stages.append(Stage(name, stage, made, steps, first))
     return stages
 
@@ -99,7 +99,7 @@ def planned(task: Task) -> list[Stage]:
 def captured(task: Task, stage: Stage) -> tuple[graphs.Steps | None, float, str]:
     """(steps as a CUDA graph, seconds of one, "graph"), or (None, 0, "eager: " and why)."""
     conf = task.conf
-    why = graphs.obstacle(conf.hardware, stage.conf, stage.feed.features, task.device)
+    why = graphs.obstacle(conf.hardware, stage.conf, stage.feed.features, task.device, order=stage.feed.eager)
     if not why:
         try:
             steps = graphs.Steps(
@@ -123,14 +123,17 @@ def step_seconds(task: Task, stage: Stage) -> tuple[float, bool]:
     asked = {**dataclasses.asdict(conf), "seed": 0}
     arm = f"{run_id(asked)} {task.device} {torch.get_num_threads()} {conf.hardware.micro_batch}"
     if arm not in _SECONDS:
-        size = micro_batch(stage.conf, conf.hardware, name=stage.name)
+        parts = stage.accumulate(conf.hardware, world=ranks.world())
+        size = stage.conf.global_batch // (parts * ranks.world())
+        if not stage.conf.tokens:
+            size = micro_batch(stage.conf, conf.hardware, name=stage.name)
         _SECONDS[arm] = estimate.training_step(
             task.model,
             partial(_loss, task.model, conf),
             lambda samples: to_device(stage.feed.first(samples), task.device),
-            size,
+            max(1, size),
             optimizer=partial(adamw, stage=stage.conf),
-            accumulate=stage.accumulate(conf.hardware, world=ranks.world()),
+            accumulate=parts,
         )
     return _SECONDS[arm]
 
