@@ -29,6 +29,9 @@ log = logging.getLogger("toolkit.data")
 
 POLICIES = ("strict", "tolerant")
 
+OVERLONG = "longer than model.ctx_len, with no answer in what was kept"
+"""Cause of a sample that is left out because a cut leaves nothing of it to learn."""
+
 
 class Guarded(Dataset[Sample]):
     """Examples under a policy. report: JSON lines, one for each sample that was left out, in any epoch.
@@ -74,8 +77,7 @@ class Guarded(Dataset[Sample]):
             self._note(j, damaged)
             return self._stand_in(j)
         if weight > 0 and sample.weight == 0:
-            cause = "longer than model.ctx_len, with no answer in what was kept"
-            self._note(j, self._placed(j, BadRecord(cause)))
+            self._note(j, self._placed(j, BadRecord(OVERLONG)))
         return sample
 
     def _placed(self, j: int, error: ValueError) -> DamagedSample:
@@ -107,7 +109,7 @@ class Guarded(Dataset[Sample]):
             "cause": fault.cause,
         }
         with (
-            locked(self.report.with_name(f".{self.report.name}.lock"), "adding to the report"),
+            locked(lock_of(self.report), "adding to the report"),
             self.report.open("a+b") as file,
         ):
             file.seek(self._read_to)
@@ -117,6 +119,11 @@ class Guarded(Dataset[Sample]):
                 log.warning("left out: %s", fault)
             self._read_to = file.tell()
         self._noted.add(j)
+
+
+def lock_of(report: Path) -> Path:
+    """The file that keeps loader workers from adding to a report at the same time."""
+    return report.with_name(f".{report.name}.lock")
 
 
 def readable(reader: ShardReader, *, policy: str) -> Iterator[Example]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from data.policy import reported
+from data.policy import lock_of, reported
 from data.records import dump_json
 from toolkit import ranks
 
@@ -22,7 +22,8 @@ def merged(mine: Path) -> int:
     """Brings the rows of every rank's part into that of rank 0 and removes the others; number of rows."""
     rows = {number: row for rank in ranks.gathered(_rows(mine)) for number, row in rank}
     if not ranks.main():
-        mine.unlink(missing_ok=True)
+        for file in (mine, lock_of(mine)):
+            file.unlink(missing_ok=True)
     elif len(rows) > len(reported(mine)):
         mine.write_bytes(b"".join(dump_json(row) + b"\n" for row in rows.values()))
     return len(rows)
