@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from toolkit import graphs, run
+from toolkit import checkpoint, graphs, run
 from toolkit.model import VisualRWKV
 
 pytestmark = pytest.mark.gpu
@@ -116,6 +117,33 @@ def test_a_step_that_waits_for_the_device_trains_one_by_one(
     assert losses(found) == losses(loop)
     words = ["hardware.graph=always", f"paths.runs={tmp_path / 'always'}", f"paths.cache={cache}"]
     assert run.main([*WORDS, *words]) == 1
+
+
+@pytest.mark.parametrize(("graph", "stop"), [("always", 8), ("never", 6)])
+def test_a_stopped_run_goes_on_to_the_bit(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, graph: str, stop: int
+) -> None:
+    """Asked to stop while step 5 is saved: captured steps look up at the next point, others a step later."""
+    words = [f"hardware.graph={graph}", "checkpoint.every=5", "hardware.precision=bf16"]
+    whole = trained(tmp_path / "whole", cache, *words)
+    write = checkpoint.write
+
+    def asked(folder: Path, *parts: Any, **files: Any) -> None:
+        write(folder, *parts, **files)
+        if folder.name == "step-00000005":
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write", asked)
+        with pytest.raises(SystemExit) as end:
+            trained(tmp_path / "stopped", cache, *words)
+    assert end.value.code == 75
+    stopped = trained(tmp_path / "stopped", cache, *words)
+    assert result(stopped)["resumed_from"] == [stop]
+    assert (stopped / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    assert accuracies(stopped) == accuracies(whole)
+    found, wanted = weights(stopped), weights(whole)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
 
 
 def test_rows_that_share_a_gpu_give_what_each_gives_alone(tmp_path: Path, cache: Path) -> None:

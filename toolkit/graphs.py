@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch.loggers import Logger
@@ -25,6 +25,9 @@ from toolkit.lit import parameter_groups, rate_factor
 from toolkit.loss import lm_loss
 from toolkit.model import VisualRWKV
 from toolkit.schema import HardwareConf, LossConf, StageConf
+
+if TYPE_CHECKING:
+    from toolkit.saver import StepEnds
 
 log = logging.getLogger("toolkit.train")
 
@@ -205,18 +208,23 @@ class Steps:
         every: int,
         probes: Sequence[Probe] = (),
         after: float = 0.0,
+        start: int = 0,
+        ends: StepEnds | None = None,
     ) -> None:
-        """All steps, with the loss written every `every` steps and points where probes want them.
+        """The steps from `start` on, with losses written every `every` steps and points where probes want.
 
-        after: what follows this stage, in its steps, for the time that progress tells.
+        after: what follows this stage, in its steps, for the time that progress tells. ends: what saves the
+        state of the run, told of steps that are done and written. The optimizer's own state is in its place.
         """
         steps = len(self.losses)
         began = spoke = time.monotonic()
-        written = 0
-        for done in range(1, steps + 1):
+        self.at.fill_(start)
+        written = start
+        for done in range(start + 1, steps + 1):
             self.step()
             due = [p for p in probes if (first_step + done) % p.every == 0]
-            if done % _AHEAD and not due and done != steps:
+            marked = ends is not None and ends.due(done)
+            if done % _AHEAD and not due and not marked and done != steps:
                 continue
             self._wait()
             for probe in due:
@@ -224,8 +232,12 @@ class Steps:
             now = time.monotonic()
             if now - spoke >= progress.INTERVAL or done == steps:
                 spoke = now
-                progress.say(name, done, steps, float(self.losses[done - 1]), now - began, after=after)
+                loss = float(self.losses[done - 1])
+                progress.say(name, done, steps, loss, now - began, after=after, start=start)
                 written = self._write(logger, written, done, first_step, every)
+            if ends is not None and ends.wanted(done):
+                written = self._write(logger, written, done, first_step, every)
+                ends.reached(done, self.optimizer)
 
     def _write(self, logger: Sequence[Logger], start: int, stop: int, first_step: int, every: int) -> int:
         """Logs the steps start, ..., stop - 1 that are due, as a Trainer does; returns stop."""

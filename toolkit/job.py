@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.loggers import Logger
 
 import kernels
 from data.cluster import Place
 from data.tokens import WorldTokenizer
-from toolkit import checkpoint, curve, metrics, ranks
+from toolkit import checkpoint, curve, metrics, ranks, resume, stopping
 from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
 from toolkit.corpus import Corpus
 from toolkit.evaluate import as_jsonl
@@ -25,6 +24,7 @@ from toolkit.left_out import merged
 from toolkit.model import VisualRWKV
 from toolkit.ranks import RankFailed
 from toolkit.rundir import RunDir, provenance, write_json, write_text
+from toolkit.saver import Saver, StepEnds
 from toolkit.schema import RunConf
 from toolkit.scoring import chosen_by, evaluate, floors, probes, scored_examples
 from toolkit.stages import Stage, Task, announce, captured, planned, step_seconds, warn_without_gpu
@@ -32,7 +32,6 @@ from toolkit.train import (
     choose_kernels,
     device_of,
     fit_stage,
-    loggers,
     prepare,
 )
 from toolkit.waits import Waits
@@ -40,7 +39,7 @@ from toolkit.waits import summary as summary_of_waits
 
 log = logging.getLogger("toolkit.run")
 
-_KEPT = ("steps", "left_out", "reported", "training", "data_mode")
+_KEPT = ("steps", "left_out", "reported", "training", "data_mode", "resumed_from")
 """What finished weights tell of their training."""
 
 
@@ -67,6 +66,7 @@ def run_job(
             if ranks.main():
                 write_text(run.config, _yaml(cfg))
             made = execute(conf, run, on_estimate=on_estimate)
+            before = made.pop("seconds_before", 0.0)
             facts = provenance(argv)
             result = {
                 "recipe": recipe,
@@ -74,7 +74,7 @@ def run_job(
                 "seed": conf.seed,
                 **made,
                 "ranks": {"world": place.world, "launcher": place.launcher},
-                "seconds": round(time.monotonic() - began, 1),
+                "seconds": round(before + time.monotonic() - began, 1),
                 **{k: facts[k] for k in ("commit", "dirty", "versions", "machine")},
             }
             if ranks.main():
@@ -140,6 +140,7 @@ def execute(
     with Timer(facts, "train_seconds"):
         task = Task(conf, run, corpus, model, features, device)
         facts |= train(task, parts, on_estimate=on_estimate)
+    facts["train_seconds"] = round(facts["train_seconds"] + facts.get("seconds_before", 0.0), 1)
     with Timer(facts, "eval_seconds"):
         predictions = evaluate(conf, corpus, model, features, device)
         facts |= chosen_by(conf, corpus, model, features, device)
@@ -186,8 +187,8 @@ def train(
     """All stages, one after the other; finished training is not repeated.
 
     Returns the optimizer steps done, how often an overlong sample, cut to nothing that could be learned,
-    was served with weight 0 (`model.overlong=cut`), how many samples `left_out-SPLIT.jsonl` lists, and how
-    the steps of each stage ran.
+    was served with weight 0 (`model.overlong=cut`), how many samples `left_out-SPLIT.jsonl` lists, how the
+    steps of each stage ran, and from which steps it went on after it was stopped.
     """
     run, model = task.run, task.model
     if ranks.shared(run.weights.exists):
@@ -195,17 +196,29 @@ def train(
         ranks.same(model.parameters())
         log.info("training was finished before: weights from %s", run.weights)
         return {key: facts[key] for key in _KEPT if key in facts}
-    logger = loggers(run.path, task.conf.log)
-    if ranks.main():
-        run.curve.unlink(missing_ok=True)
-        run.waits.unlink(missing_ok=True)
-    stages = planned(task)
-    modes: dict[str, str] = {}
+    point = resume.newest(run)
+    stages = resume.continued(task, planned(task), point)
+    saver = Saver(task, stages, parts=parts, logger=resume.loggers(task, point), point=point)
+    before = resume.left_out(stages, point)
+    with stopping.at_step_ends():
+        train_stages(task, saver, on_estimate)
+        done = trained(saver, before)
+        if ranks.main():
+            checkpoint.save(run.weights, model, parts=parts, facts=done)
+            resume.drop(run)
+        ranks.barrier()
+        saver.end_if_asked()
+    return done
+
+
+def train_stages(task: Task, saver: Saver, on_estimate: Callable[[float], None] | None) -> None:
+    """What is left of every stage, with the time that all will take told before."""
+    model, stages = task.model, [stage for stage in saver.stages if stage.start < stage.steps]
     left = each = 0.0  # seconds, of all that is to come and of one sample
     for stage in stages:
         select_trainable(model, stage.conf.train, stage.conf.freeze, stage=stage.name)
         model.train()
-        steps, seconds, modes[stage.name] = captured(task, stage)
+        steps, seconds, saver.modes[stage.name] = captured(task, stage)
         if stage is stages[0]:
             measured = True
             if steps is None:
@@ -216,29 +229,31 @@ def train(
                 on_estimate(found.total)
         left -= each * stage.samples
         after = max(0.0, left) / max(1e-9, each * stage.conf.global_batch)
-        fit(task, stage, steps, logger=logger, last=stage is stages[-1], after=after)
-    left_out = sum(one for (one,) in ranks.numbers(sum(stage.feed.left_out for stage in stages)))
+        fit(task, stage, steps, saver, after=after)
+
+
+def trained(saver: Saver, left_out: int) -> dict[str, Any]:
+    """What a run tells of its training; left_out: overlong samples before it was stopped."""
+    stages = saver.stages
+    left_out += sum(one for (one,) in ranks.numbers(sum(stage.feed.left_out for stage in stages)))
     if left_out:
         log.warning("%d overlong samples had no answer within model.ctx_len and were left out", left_out)
     rows = sum(merged(report) for report in dict.fromkeys(stage.feed.report for stage in stages))
-    done = {
+    return {
         "steps": stages[-1].first_step + stages[-1].steps,
         "left_out": left_out,
         "reported": rows,
-        "training": modes,
+        "training": saver.modes,
         "data_mode": {stage.name: stage.feed.mode for stage in stages},
+        "resumed_from": saver.resumed_from,
+        "seconds_before": saver.before,
     }
-    if ranks.main():
-        checkpoint.save(run.weights, model, parts=parts, facts=done)
-    ranks.barrier()
-    return done
 
 
-def fit(
-    task: Task, stage: Stage, steps: Steps | None, *, logger: list[Logger], last: bool, after: float
-) -> None:
-    """Trains one stage: by its captured steps, or by a Trainer. after: what follows, in its steps."""
+def fit(task: Task, stage: Stage, steps: Steps | None, saver: Saver, *, after: float) -> None:
+    """Trains the rest of a stage by its captured steps or a Trainer. after: what follows, in its steps."""
     conf, end = task.conf, stage.first_step + stage.steps
+    ends = StepEnds(saver, stage)
     points = probes(
         conf,
         task.run,
@@ -246,12 +261,20 @@ def fit(
         task.model,
         task.features,
         first_step=stage.first_step,
-        last_step=end if last else 0,
+        last_step=end if stage is saver.stages[-1] else 0,
+        start=stage.start,
     )
     if steps is not None:
-        every = min(conf.log.every, stage.steps)
+        ends.begin(steps.optimizer)
         steps.run(
-            stage.name, first_step=stage.first_step, logger=logger, every=every, probes=points, after=after
+            stage.name,
+            first_step=stage.first_step,
+            logger=saver.logger,
+            every=min(conf.log.every, stage.steps),
+            probes=points,
+            after=after,
+            start=stage.start,
+            ends=ends,
         )
         return
     waits = Waits(task.run.waits, first_step=stage.first_step, every=conf.log.every)
@@ -267,10 +290,11 @@ def fit(
         steps=stage.steps,
         first_step=stage.first_step,
         accumulate=stage.accumulate(conf.hardware, world=ranks.world()),
-        logger=logger,
+        logger=saver.logger,
         folder=task.run.path,
-        callbacks=[waits, *points],
+        callbacks=[ends, waits, *points],
         after=after,
+        start=stage.start,
     )
 
 

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-NOT_IDENTITY = ("paths", "hardware", "title", "report", "plugins", "log")
+NOT_IDENTITY = ("paths", "hardware", "title", "report", "plugins", "log", "checkpoint")
 """Keys that say where, how fast or under which name, but not what."""
 
 FROM_SCRATCH = {"weights": ""}

@@ -104,6 +104,15 @@ class HardwareConf:
 
 
 @dataclass
+class CheckpointConf:
+    """When a run saves all that it needs to go on; it does so too when it is asked to stop."""
+
+    minutes: Annotated[float, Range(0)] = 10.0  # training time between two; 0: not by the clock
+    every: Count = 0  # steps between two; 0: not by steps
+    keep: Positive = 2  # newest ones that are kept while the run trains
+
+
+@dataclass
 class LogConf:
     """What a run writes while it goes."""
 
@@ -146,6 +155,7 @@ class RunConf:
     features: FeatureConf = field(default_factory=FeatureConf)
     eval: EvalConf = field(default_factory=EvalConf)
     hardware: HardwareConf = field(default_factory=HardwareConf)
+    checkpoint: CheckpointConf = field(default_factory=CheckpointConf)
     log: LogConf = field(default_factory=LogConf)
     paths: PathsConf = field(default_factory=PathsConf)
     report: ReportConf = field(default_factory=ReportConf)

@@ -107,8 +107,12 @@ def probes(
     *,
     first_step: int,
     last_step: int,
+    start: int = 0,
 ) -> list[Probe]:
-    """None, or the evaluation every `eval.every` steps, on the first `eval.every_limit` examples."""
+    """None, or the evaluation every `eval.every` steps, on the first `eval.every_limit` examples.
+
+    first_step, last_step, start: as `Probe` has them.
+    """
     if not conf.eval.every:
         return []
     fewer = replace(conf, eval=replace(conf.eval, limit=conf.eval.every_limit or conf.eval.limit))
@@ -116,7 +120,9 @@ def probes(
     def score() -> list[Prediction]:
         return evaluate(fewer, corpus, model, features, next(model.rwkv.parameters()).device)
 
-    return [Probe(run.curve, every=conf.eval.every, first_step=first_step, last_step=last_step, score=score)]
+    steps = {"first_step": first_step, "last_step": last_step, "start": start}
+    return [Probe(run.curve, every=conf.eval.every, **steps, score=score)]
+
 
 def floors(train: Iterable[Example] | None, scored: Sequence[Example]) -> dict[str, Any]:
     """`majority` and `blind` of the whole split, and of each question type under `floors`.

@@ -43,17 +43,22 @@ class Task:
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage, ready to train. first_step: optimizer steps of the stages before it."""
+    """One stage, ready to train. first_step: optimizer steps of the stages before it.
+
+    start: steps of it that were done before the run was stopped; it goes on with the next one.
+    """
 
     name: str
     conf: StageConf
     feed: feed.Feed
     steps: int
     first_step: int
+    start: int = 0
 
     @property
     def samples(self) -> int:
-        return self.steps * self.conf.global_batch
+        """Samples still to train."""
+        return (self.steps - self.start) * self.conf.global_batch
 
     @property
     def plan(self) -> Any:
@@ -64,14 +69,13 @@ class Stage:
         self,
         hardware: HardwareConf,
         *,
-        start_step: int = 0,
         rank: int = 0,
         world: int = 1,
         pin_memory: bool = False,
     ) -> Iterable[Batch]:
-        """Micro batches of the steps from start_step on, for one of `world` ranks."""
+        """Micro batches of the steps that are not done, for one of `world` ranks."""
         return self.feed.loader(
-            start_step=start_step,
+            start_step=self.start,
             end_step=self.steps,
             rank=rank,
             world=world,
@@ -144,12 +148,12 @@ def _loss(model: VisualRWKV, conf: RunConf, batch: Batch) -> Tensor:
         return lm_loss(model(batch, l2=conf.loss.l2), reduction=conf.loss.reduction)
 
 
-def questions(task: Task, steps: int) -> int:
-    """Questions that a run answers: at its end, and at the points while it trains."""
+def questions(task: Task, steps: int, *, start: int = 0) -> int:
+    """Questions that a run answers from step `start` on: at its end, and at the points while it trains."""
     wanted = task.conf.eval
     whole = len(task.corpus.readers[wanted.split].examples.record)
     last = min(wanted.limit or whole, whole)
-    points = (steps - 1) // wanted.every if wanted.every else 0
+    points = (steps - 1) // wanted.every - start // wanted.every if wanted.every else 0
     return last + points * min(wanted.every_limit or last, whole)
 
 
@@ -160,12 +164,12 @@ def announce(
     *,
     measured: bool,
 ) -> tuple[estimate.Forecast, float]:
-    """Says how long the run, and the rows of its sweep after it, will take; seconds: a first stage's step.
+    """Says how long the run, and the rows of its sweep after it, will take.
 
-    Returns the forecast of the run and the seconds of those rows.
+    stages: those with steps left to do; seconds: a step of the first. Returns the forecast of the run and the seconds of those rows.
     """
-    steps = stages[-1].first_step + stages[-1].steps
-    asked = questions(task, steps)
+    begin, end = stages[0].first_step + stages[0].start, stages[-1].first_step + stages[-1].steps
+    asked = questions(task, end, start=begin)
     samples = [stage.samples for stage in stages]
     batch = stages[0].conf.global_batch
     found = estimate.forecast(seconds, samples, asked, batch=batch, measured=measured)
@@ -173,7 +177,7 @@ def announce(
     rest = sum(estimate.scaled(found.total, mine, other) for other in estimate.QUEUE)
     where = place(task.device)
     line = estimate.told(
-        found, steps=steps, questions=asked, where=where, rows=len(estimate.QUEUE), rest=rest
+        found, steps=end - begin, questions=asked, where=where, rows=len(estimate.QUEUE), rest=rest
     )
     log.info("%s", line)
     return found, rest

@@ -101,13 +101,13 @@ def micro_batch(stage: StageConf, hardware: HardwareConf, *, name: str) -> int:
     return size
 
 
-def loggers(folder: Path, log: LogConf) -> list[Logger]:
-    """metrics.csv and TensorBoard events in the run's folder."""
+def loggers(folder: Path, log: LogConf, *, step: int = 0) -> list[Logger]:
+    """metrics.csv and TensorBoard events in the run's folder, the latter without points from `step` on."""
     made: list[Logger] = []
     if log.csv:
         made.append(CSVLogger(folder, name="", version="", flush_logs_every_n_steps=log.every))
     if log.tensorboard:
-        made.append(TensorBoardLogger(folder, name="tensorboard", version=""))
+        made.append(TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step or None))
     return made
 
 
@@ -124,11 +124,13 @@ def fit_stage(
     folder: Path,
     callbacks: Sequence[L.Callback] = (),
     after: float = 0.0,
+    start: int = 0,
 ) -> None:
-    """Trains one stage for `steps` optimizer steps; the loader yields micro batches for all of them.
+    """Trains one stage up to `steps` optimizer steps; the loader yields micro batches for those not done.
 
     accumulate: micro batches of a step. after: what follows this stage, in its steps, for the time that
-    progress tells.
+    progress tells. start: steps that were done before the run was stopped; `toolkit.saver.StepEnds` among
+    the callbacks lets the Trainer count from there.
     """
     stage = conf.stages[name]
     module = StageModule(
@@ -138,9 +140,10 @@ def fit_stage(
         steps=steps,
         first_step=first_step,
         accumulate=accumulate,
+        start=start,
     )
     if accumulate * ranks.world() > 1:
-        loader = WholeSteps(loader, accumulate, f"stage {name}", first_step)
+        loader = WholeSteps(loader, accumulate, f"stage {name}", first_step + start)
     with warnings.catch_warnings():
         # Lightning's advice for other set-ups (more workers, log folder, frozen modules in eval mode).
         warnings.filterwarnings("ignore", module="lightning")
@@ -152,7 +155,7 @@ def fit_stage(
             gradient_clip_val=stage.grad_clip or None,
             logger=logger,
             log_every_n_steps=min(conf.log.every, steps),
-            callbacks=[bar(name, after=after), *callbacks],
+            callbacks=[bar(name, after=after, start=start), *callbacks],
             default_root_dir=folder,
             enable_progress_bar=sys.stdout.isatty(),
             enable_checkpointing=False,

@@ -1,0 +1,441 @@
+"""A run that is stopped goes on where it stood: to the bit, from the newest complete checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+import toolkit.checkpoint
+import toolkit.rundir
+from tests.test_rundir import CFG
+from toolkit import checkpoint, graphs, resume, run, state, stopping
+from toolkit.lit import StageModule
+from toolkit.rundir import RunDir
+from toolkit.schema import RunConf, StageConf
+
+ROOT = Path(__file__).resolve().parent.parent
+WORDS = [
+    "scale=quick",
+    "encoder=patch",
+    "encoder.patch=32",
+    "data.limit=12",
+    "stages.tune.steps=7",
+    "stages.tune.warmup=2",
+    "stages.tune.global_batch=8",
+    "log.every=2",
+    "log.tensorboard=false",
+    "eval.limit=20",
+    "hardware.threads=1",
+]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("easy_vqa", reason="easy-VQA comes with the demo extra")
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def launch(tmp_path: Path, cache: Path) -> Callable[..., Path]:
+    """Runs a command with runs below a folder of tmp_path; the run's directory."""
+
+    def start(folder: str, *words: str) -> Path:
+        paths = [f"paths.runs={tmp_path / folder}", f"paths.cache={cache}"]
+        assert run.main([*WORDS, *paths, *words]) == 0
+        return only(tmp_path / folder)
+
+    return start
+
+
+def only(folder: Path) -> Path:
+    (found,) = folder.glob("*-s0-*")
+    return found
+
+
+def read(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def asked_at(monkeypatch: pytest.MonkeyPatch, *steps: int, sent: int = signal.SIGTERM) -> None:
+    """Sends this process a signal in the middle of these steps, counted from 1 over all stages, each once."""
+    left, train = set(steps), StageModule.training_step
+
+    def training_step(module: StageModule, batch: Any, index: int) -> Tensor:
+        step = module.first_step + module.global_step + 1
+        if step in left:
+            left.remove(step)
+            signal.raise_signal(sent)
+        return train(module, batch, index)
+
+    monkeypatch.setattr(StageModule, "training_step", training_step)
+
+
+def outcome(folder: Path) -> dict[str, Any]:
+    """All that two equal runs have in common: weights, rows, points, answers, what the result tells."""
+    result = read(folder / "result.json")
+    for clock in ("seconds", "train_seconds", "eval_seconds", "feature_seconds", "data_wait", "resumed_from"):
+        result.pop(clock)
+    for point in result["curve"]:
+        point.pop("seconds")
+    files = ["metrics.csv", "predictions/test.jsonl", "checkpoints/last/model.safetensors"]
+    found = {name: (folder / name).read_bytes() for name in files}
+    reports = {file.name: file.read_text() for file in folder.glob("left_out-*.jsonl")}
+    return {**found, "result": result, "reports": reports}
+
+
+TWO_STAGES = """\
+# Two stages, the first of two steps.
+defaults:
+  - /recipe/quickstart
+stages:
+  align: {order: -1, train: [proj], freeze: [encoder], steps: 2, global_batch: 4, prompt: prefix}
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "stops"),
+    [
+        (["hardware.micro_batch=4", "eval.every=2", "eval.every_limit=8"], [2, 5]),
+        (["hardware.workers=2", "stages.tune.bucket=2", "recurrence=rwkv5"], [4]),
+        (["recipe=two_stages", "log.every=1"], [2, 3, 8]),
+        # Cut so short that samples are left out, in epochs of 12 samples.
+        (["prompt=prefix", "model.ctx_len=20", "model.overlong=cut", "eval.limit=1"], [4]),
+    ],
+    ids=["accumulated", "workers", "stages", "left-out"],
+)
+def test_a_stopped_run_ends_with_the_bits_of_an_unbroken_one(
+    launch: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: list[str],
+    stops: list[int],
+) -> None:
+    (tmp_path / "two_stages.yaml").write_text(TWO_STAGES)
+    monkeypatch.setenv("TOOLKIT_RECIPES", str(tmp_path))
+    whole = launch("whole", *words)
+    asked_at(monkeypatch, *stops)
+    for step in stops:
+        with pytest.raises(SystemExit) as end:
+            launch("stopped", *words)
+        assert end.value.code == 75
+        status = read(only(tmp_path / "stopped") / "status.json")
+        assert (status["state"], status["step"]) == ("stopped", step)
+    # What was written after the last checkpoint does not count, nor do random numbers drawn since.
+    folder = only(tmp_path / "stopped")
+    with (folder / "metrics.csv").open("a") as file:
+        file.write("9.9,0.1,98\n")
+    assert launch("stopped", *words) == folder
+    assert outcome(folder) == outcome(whole)
+    assert read(folder / "result.json")["resumed_from"] == stops
+    assert read(whole / "result.json")["resumed_from"] == []
+    assert [f.name for f in (folder / "checkpoints").iterdir()] == ["last"]
+
+
+def test_captured_steps_go_on_to_the_bit(
+    launch: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The steps of a CUDA graph, uncaptured on the CPU; saved every second step, the last one kept."""
+    monkeypatch.setattr(graphs, "obstacle", lambda *arguments, **options: "")
+    monkeypatch.setattr(graphs.Steps, "capture", lambda steps: 0.01)
+    words = ["encoder=lite0", "log.every=1", "eval.every=3", "eval.every_limit=4"]
+    words += ["checkpoint.every=2", "checkpoint.keep=1"]
+    one_by_one = [word for word in WORDS if not word.startswith("encoder")]
+    monkeypatch.setattr(sys.modules[__name__], "WORDS", one_by_one)
+    whole = launch("whole", *words)
+    step = graphs.Steps._step
+
+    def stopped(steps: graphs.Steps) -> None:
+        step(steps)
+        if int(steps.at) == 4:
+            signal.raise_signal(signal.SIGUSR1)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(graphs.Steps, "_step", stopped)
+        with pytest.raises(SystemExit) as end:
+            launch("stopped", *words)
+    folder = only(Path(whole).parent.parent / "stopped")
+    assert end.value.code == 75
+    assert [f.name for f in (folder / "checkpoints").iterdir()] == ["step-00000004"]
+    launch("stopped", *words)
+    assert outcome(folder) == outcome(whole)
+    assert read(folder / "result.json")["resumed_from"] == [4]
+    assert read(folder / "result.json")["training"] == {"tune": "graph"}
+
+
+def test_checkpoints_by_steps_and_by_the_clock(
+    launch: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved: list[tuple[str, list[str]]] = []
+    write = checkpoint.write
+
+    def watched(folder: Path, *parts: Any, **files: Any) -> None:
+        write(folder, *parts, **files)
+        saved.append((folder.name, sorted(f.name for f in folder.parent.glob("step-*"))))
+
+    monkeypatch.setattr(checkpoint, "write", watched)
+    launch("none")
+    assert saved == [("last", [])]  # a short run costs nothing
+    saved.clear()
+    launch("steps", "checkpoint.every=2", "checkpoint.keep=2")
+    names = [f"step-{step:08d}" for step in (2, 4, 6)]
+    assert (
+        saved
+        == [
+            (names[0], names[:1]),
+            (names[1], names[:2]),
+            (names[2], names),  # the oldest goes once the newest is there
+            ("last", names[1:]),
+        ]
+    )
+    saved.clear()
+    launch("clock", "checkpoint.minutes=1e-9", "stages.tune.steps=3")
+    assert [name for name, _ in saved] == ["step-00000001", "step-00000002", "last"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error: Permission denied")],
+    ids=["full", "denied"],
+)
+def test_a_checkpoint_that_cannot_be_written_stops_the_run_and_keeps_the_one_before(
+    launch: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+) -> None:
+    words = ["checkpoint.every=2"]
+
+    def full(tensors: Any, file: Path) -> None:
+        if "step-00000004" in str(file) and file.name == resume.STATE:
+            raise error
+        save_file(tensors, file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toolkit.checkpoint, "save_file", full)
+        paths = [f"paths.runs={tmp_path / 'full'}", f"paths.cache={tmp_path / 'cache'}"]
+        assert run.main([*WORDS, *paths, *words]) == 1
+    told = capsys.readouterr().err
+    assert str(error.args[-1]) in told and "step-00000004 cannot be written" in told
+    assert "it goes on from step 2" in told
+    folder = only(tmp_path / "full")
+    assert sorted(os.listdir(folder / "checkpoints")) == ["step-00000002"]
+    assert read(folder / "status.json")["state"] == "failed"
+    launch("full", *words)
+    assert outcome(folder) == outcome(launch("whole", *words))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> RunDir:
+    """A run with checkpoints of steps 1, 2 and 3, each holding its number."""
+    found = RunDir(tmp_path, CFG)
+    for step in (1, 2, 3):
+        numbered(found, step)
+    return found
+
+
+def numbered(of: RunDir, step: int) -> None:
+    folder = of.weights.parent / f"step-{step:08d}"
+    tensors = {"model.safetensors": {"w": torch.full((20_000,), float(step))}}
+    checkpoint.write(folder, tensors, {"total": step}, files={"metrics.csv": b"loss\n1\n"})
+
+
+def cut(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(100)
+
+
+def changed(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"\x01")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut,
+        changed,
+        lambda folder: (folder / "metrics.csv").unlink(),
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "manifest.json").write_text("{"),
+        lambda folder: (folder / "manifest.json").write_text("[]"),
+    ],
+    ids=["cut", "changed", "file-gone", "no-manifest", "half-a-manifest", "other-json"],
+)
+def test_damaged_checkpoints_are_passed_over(
+    saved: RunDir, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = resume.newest(saved)
+    assert newest is not None and newest.step == 3 and not caplog.messages
+    damage(saved.weights.parent / "step-00000003")
+    before = resume.newest(saved)
+    assert before is not None and before.step == 2
+    assert len(caplog.messages) == 1 and "step-00000003 is passed over: " in caplog.messages[0]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_at_any_moment_of_saving_the_newest_complete_one_loads(tmp_path: Path) -> None:
+    found, draw = RunDir(tmp_path, CFG), random.Random(0)
+    numbered(found, 1)
+    complete = {1}
+    for _ in range(25):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                for step in range(max(complete) + 1, 1000):  # each of them twice, until it is killed
+                    numbered(found, step)
+                    numbered(found, step)
+            finally:
+                os._exit(1)
+        time.sleep(draw.uniform(0.0, 0.1))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        point = resume.newest(found)
+        assert point is not None and point.step >= max(complete)
+        complete.add(point.step)
+        weights = load_file(point.folder / "model.safetensors")
+        assert weights["w"].unique().tolist() == [float(point.step)]
+    assert max(complete) > 3
+
+
+def test_a_checkpoint_of_other_settings_or_data_is_refused_by_name() -> None:
+    conf = RunConf(stages={"tune": StageConf(steps=5)}, scan={"name": "2d"}, recurrence={"name": "rwkv6"})
+    told = {"data": {"train": "aa", "test": "bb"}, "plans": {"tune": [5, "order"]}}
+    asked = dataclasses.asdict(conf)
+    facts = {"run": toolkit.rundir.run_id(asked), "asked": asked, **told}
+    assert list(resume.differences(facts, conf, told)) == []
+    moved = dataclasses.replace(conf, title="other", hardware=dataclasses.replace(conf.hardware, workers=3))
+    assert list(resume.differences(facts, moved, told)) == []
+    other = dataclasses.replace(conf, seed=3, stages={"tune": StageConf(steps=5, lr=0.5)})
+    assert list(resume.differences(facts, other, told)) == [
+        "seed was 0 and is 3",
+        "stages.tune.lr was 0.001 and is 0.5",
+    ]
+    elsewhere = {"data": {"train": "cc", "test": "bb"}, "plans": {"tune": [5, "another"]}}
+    assert list(resume.differences(facts, conf, elsewhere)) == [
+        "the data of split 'train' was aa and is cc",
+        "steps and order of the samples of stages.tune were [5, 'order'] and are [5, 'another']",
+    ]
+
+
+def test_a_run_whose_data_changed_says_what_to_do(
+    launch: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked_at(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        launch("stopped")
+    monkeypatch.setattr(resume, "told_of", lambda *of: {"data": {"train": "other"}, "plans": {}})
+    with pytest.raises(AssertionError):
+        launch("stopped")
+    told = capsys.readouterr().err
+    assert "step-00000003 cannot be gone on with: the data of split 'test' was" in told
+    assert "put that back, or remove" in told and "to train from the beginning" in told
+
+
+def test_the_first_signal_is_noted_and_a_second_one_ends_at_once() -> None:
+    before = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    for sent, ends in ((signal.SIGTERM, SystemExit), (signal.SIGINT, KeyboardInterrupt)):
+        with stopping.at_step_ends():
+            assert not stopping.asked()
+            signal.raise_signal(signal.SIGUSR1)
+            assert stopping.asked() == signal.SIGUSR1
+            with pytest.raises(ends):
+                signal.raise_signal(sent)
+        assert not stopping.asked()
+    assert {name: signal.getsignal(name) for name in before} == before
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a worker of a sweep, whose parent minds Ctrl-C
+    try:
+        with stopping.at_step_ends():
+            stopping.listen()
+            signal.raise_signal(signal.SIGINT)
+            assert not stopping.asked()
+    finally:
+        signal.signal(signal.SIGINT, before[signal.SIGINT])
+
+
+def test_random_generators_are_put_back() -> None:
+    np.random.normal()  # keeps a second number for the next call
+    random.gauss(0, 1)
+    tensors, python = state.generators()
+
+    def draws() -> list[float]:
+        return [random.gauss(0, 1), random.random(), *np.random.normal(size=3), float(torch.rand(()))]
+
+    first = draws()
+    state.put_generators(tensors, json.loads(json.dumps(python)))
+    assert draws() == first
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_moments_go_to_their_parameters_and_into_their_tensors(fused: bool) -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+
+    def optimizer(parameters: Any) -> torch.optim.AdamW:
+        return torch.optim.AdamW(parameters, lr=0.1, fused=fused)
+
+    def step(one: torch.optim.AdamW) -> None:
+        one.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        one.step()
+
+    first = optimizer(model.parameters())
+    step(first)
+    tensors = {name: tensor.clone() for name, tensor in state.moments_of(model, first).items()}
+    assert set(tensors) == {f"{k}/{n}" for k in ("step", "exp_avg", "exp_avg_sq") for n in model.state_dict()}
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    step(first)
+    wanted = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    # A new optimizer with its parameters in another order, and one that has tensors of its own by now.
+    for other, used in ((optimizer(list(model.parameters())[::-1]), False), (first, True)):
+        places = [t.data_ptr() for s in other.state.values() for t in s.values()]
+        model.load_state_dict(weights)
+        state.put_moments(model, other, tensors)
+        assert not used or places == [t.data_ptr() for s in other.state.values() for t in s.values()]
+        step(other)
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="signals of process groups")
+def test_a_signal_to_all_processes_of_a_run_is_one_stop(tmp_path: Path, cache: Path) -> None:
+    """As SLURM sends it, to the loader's workers too."""
+    words = [*WORDS, "stages.tune.steps=100000", "hardware.workers=2", f"paths.cache={cache}"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "toolkit.run", *words, f"paths.runs={tmp_path}"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob("*-s0-*/metrics.csv")):
+        assert time.monotonic() < until and process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 75, error[-2000:]
+    folder = only(tmp_path)
+    status = read(folder / "status.json")
+    assert status["state"] == "stopped" and status["step"] > 0
+    assert f"stopped after step {status['step']:,}; the same command goes on from there" in error
+    assert (folder / "checkpoints" / f"step-{status['step']:08d}" / "manifest.json").exists()
