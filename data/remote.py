@@ -123,11 +123,7 @@ class Remote:
         self._process, self._fs = -1, None
 
     def whole(self, name: str) -> bytes:
-        return bytes(self._tried(name, lambda: self.fs.cat_file(self.url(name))))
-
-    def opened(self, name: str) -> Any:
-        """A file to be read from its begin. Opening it is tried again, reading is not."""
-        return self._tried(name, lambda: self.fs.open(self.url(name), "rb"))
+        return bytes(self.tried(name, lambda: self.fs.cat_file(self.url(name))))
 
     def part(self, name: str, start: int, end: int) -> bytes:
         """Bytes [start, end) of a file."""
@@ -143,22 +139,23 @@ class Remote:
                 raise OSError(f"only {len(data):,} of {end - start:,} bytes arrived")
             return data
 
-        return self._tried(name, once)
+        return self.tried(name, once)
 
     def names(self, pattern: str) -> list[str]:
         """Names of the files of the folder that fit a pattern with `*`, sorted; not behind HTTP."""
-        found: list[str] = self._tried(pattern, lambda: self.fs.glob(self.url(pattern)))
+        found: list[str] = self.tried(pattern, lambda: self.fs.glob(self.url(pattern)))
         return sorted(path.rpartition("/")[2] for path in found)
 
     def status(self, name: str) -> tuple[int | None, str]:
         """(size, tag that changes with the content, or "") of a file."""
-        info = self._tried(name, lambda: self.fs.info(self.url(name)))
+        info = self.tried(name, lambda: self.fs.info(self.url(name)))
         tag = next(
             (str(info[key]) for key in ("ETag", "etag", "md5Hash", "LastModified") if info.get(key)), ""
         )
         return info.get("size"), tag
 
-    def _tried(self, name: str, once: Callable[[], T]) -> T:
+    def tried(self, name: str, once: Callable[[], T]) -> T:
+        """What `once` gives, tried again after errors that may pass; RemoteError for others, and at last."""
         tries = self.origin.retries + 1
         for attempt in range(1, tries + 1):
             try:

@@ -107,31 +107,53 @@ def _stream(url: str, remotes: dict[str, Remote]) -> Any:
 
 
 class Steady:
-    """A remote shard from front to back; after an error it is opened again where it stood, if that goes."""
+    """A remote shard from front to back; after an error it is opened again and goes on where it stood."""
 
     def __init__(self, remote: Remote, name: str) -> None:
         self._remote, self._name, self._at = remote, name, 0
-        self._file = remote.opened(name)
+        self._file: Any = None
+        self._ranges = True
+        self.read(0)
 
     def read(self, size: int = -1) -> bytes:
-        """As a file's; raises OSError for what a second try cannot read either."""
-        try:
-            data = bytes(self._file.read(size))
-        except Exception as error:  # every store's package has errors of its own
-            url = self._remote.url(self._name)
-            log.warning("%s: %s; opened again at byte %d", url, error or type(error).__name__, self._at)
-            try:
-                self._file.close()
-                self._file = self._remote.opened(self._name)
-                self._file.seek(self._at)
-                data = bytes(self._file.read(size))
-            except Exception as again:
-                raise OSError(f"{type(again).__name__}: {again}") from error
+        """As a file's; raises RemoteError for what further tries cannot read either."""
+        data = self._remote.tried(self._name, lambda: self._once(size))
         self._at += len(data)
         return data
+
+    def _once(self, size: int) -> bytes:
+        try:
+            if self._file is None:
+                self._open()
+            return bytes(self._file.read(size))
+        except ValueError:
+            # What fsspec raises for an HTTP server that sends whole files only.
+            self._file = None
+            if not self._ranges or not self._remote.origin.url.startswith("http"):
+                raise
+            self._ranges = False
+            return self._once(size)
+        except Exception:  # every store's package has errors of its own
+            self._file = None
+            raise
+
+    def _open(self) -> None:
+        url = self._remote.url(self._name)
+        if self._ranges:
+            self._file = self._remote.fs.open(url, "rb")
+            self._file.seek(self._at)
+            return
+        self._file = self._remote.fs.open(url, "rb", block_size=0)
+        left = self._at
+        while left:
+            skipped = len(self._file.read(min(left, 1 << 20)))
+            if not skipped:
+                raise OSError(f"it ends before byte {self._at:,}, up to which it was read before")
+            left -= skipped
 
     def __enter__(self) -> Steady:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -11,10 +11,13 @@ from collections import Counter
 from io import BytesIO
 
 import pytest
+import torch
 
 from data.reader import ShardReader
 from data.records import BadRecord
+from data.remote import Origin, Remote
 from data.stream import Streamed, stream_loader
+from data.stream_shards import Steady
 
 from .helpers import Letters, mean_color, picture, plain_prompt, shard_folder
 from .serving import served
@@ -183,3 +186,117 @@ def test_captions_of_foreign_shards(tmp_path):
 def test_what_does_not_divide_is_refused(folder):
     with pytest.raises(ValueError, match=r"hardware.micro_batch=5 does not divide the 12 samples"):
         loaded(Streamed(tars(folder)), micro=5)
+
+
+@pytest.mark.parametrize("failures", [(503,), ("hang up", 503, 503)])
+def test_a_broken_connection_is_tried_again_where_it_stood(folder, failures, monkeypatch, caplog):
+    monkeypatch.setattr("data.remote.sleep", lambda seconds: None)
+    quiet = {"shuffle": 0, "resample": False}
+    with served(folder) as server:
+        source = Streamed((f"{server.url}/shard-000000.tar",), **quiet)
+        whole = keys_of(loaded(source, steps=1))
+        server.failures = list(failures)
+        with caplog.at_level("WARNING"):
+            assert keys_of(loaded(source, steps=1)) == whole
+    assert not server.failures and sum("; try " in m for m in caplog.messages) == failures.count(503)
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_connection_that_breaks_in_the_middle_goes_on_there(folder, ranges, monkeypatch):
+    """6 MiB are fetched for the first read; what comes after the failures continues them."""
+    monkeypatch.setattr("data.remote.sleep", lambda seconds: None)
+    shard = random.Random(0).randbytes(8 << 20)
+    (folder.parent / "long.bin").write_bytes(shard)
+    with served(folder.parent) as server:
+        server.ranges = ranges
+        file = Steady(Remote(Origin(server.url, "")), "long.bin")
+        read = [file.read(1 << 20), file.read(1 << 20)]
+        server.failures = ["hang up", 503]
+        if not ranges:
+            file._file = None  # as after an error; a stream that is open needs no further request
+        with file:
+            read += iter(lambda: file.read(1 << 20), b"")
+        assert b"".join(read) == shard and not server.failures
+
+
+def test_a_shard_that_is_gone_is_named_or_left_out(folder, tmp_path):
+    with served(folder) as server:
+        urls = (f"{server.url}/gone.tar", f"{server.url}/shard-000000.tar")
+        source = Streamed(urls, shuffle=0, resample=False)
+        with pytest.raises(ValueError, match=r"gone.tar: the rest of the shard is lost: .*gone.tar is gone"):
+            loaded(source, steps=4)
+        report = tmp_path / "report.jsonl"
+        assert len(loaded(source, steps=4, policy="tolerant", report=report)) == 4
+    # Read in each of several rounds, told once.
+    (row,) = map(json.loads, report.read_text().splitlines())
+    assert row["shard"] == urls[0]
+
+
+def test_a_stream_of_which_nothing_can_be_read_ends(folder, tmp_path):
+    cut = tmp_path / "cut.tar"
+    shutil.copy(folder / "shard-000000.tar", cut)
+    os.truncate(cut, 700)
+    with pytest.raises(ValueError, match=r"no sample came of 14 shards in a row, .*cut.tar the last"):
+        loaded(Streamed((str(cut),), shuffle=0), policy="tolerant")
+
+
+def test_a_buffer_larger_than_the_data_is_filled(folder):
+    """Many rounds over the shards before the first sample: no sign that nothing can be read."""
+    batches = loaded(Streamed((f"{folder}/shard-000000.tar",), shuffle=500), steps=1, policy="tolerant")
+    assert len(batches) == 1
+
+
+def tar_of(path, members):
+    with tarfile.open(path, "w") as out:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, BytesIO(data))
+    return Streamed((str(path),), shuffle=0, resample=False, layout={"text": "auto", "ask": "Say."})
+
+
+CONVERSATION = {
+    "conversations": [{"from": "human", "value": "<image>\nqq"}, {"from": "gpt", "value": "said"}]
+}
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"),
+    [
+        ({"json": json.dumps(CONVERSATION), "txt": "other"}, "said"),
+        ({"json": '{"caption": "third"}', "txt": "second"}, "second"),
+        ({"json": '{"caption": "third", "url": "u"}'}, "third"),
+    ],
+)
+def test_where_the_text_lies_is_found_as_index_finds_it(tmp_path, texts, shown):
+    members = {f"a.{kind}": text.encode() for kind, text in texts.items()}
+    source = tar_of(tmp_path / "a.tar", {"a.jpg": picture(0, kind="JPEG"), **members})
+    (batch,) = loaded(source, steps=1, global_batch=1)
+    assert shown in Letters().decode(batch.ids[0].tolist()) and batch.pixels is not None
+
+
+def test_records_that_are_no_text_and_picture_are_named(tmp_path):
+    nothing = tar_of(tmp_path / "n.tar", {"a.jpg": picture(0, kind="JPEG"), "a.json": b'{"width": 3}'})
+    with pytest.raises(
+        BadRecord, match=r"n.tar: key a: .*fields of its JSON: width\); say .*data.text=json:"
+    ):
+        loaded(nothing, steps=1)
+    features = {"a.safetensors": b"x", "a.json": json.dumps(CONVERSATION).encode()}
+    with pytest.raises(BadRecord, match=r"it holds features of an encoder, .*data=shards"):
+        loaded(tar_of(tmp_path / "f.tar", features), steps=1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_that_a_cut_leaves_nothing_of_are_counted(folder, workers):
+    options = {**OPTIONS, "ctx_len": 7, "overlong": "cut"}
+    loader = stream_loader(
+        Streamed(tars(folder)), options, start_step=0, end_step=3, global_batch=12, workers=workers
+    )
+    weights = [w for batch in loader for w in batch.weight.tolist()]
+    assert 0 < weights.count(0.0) <= loader.left_out and len(weights) == 36
+
+
+def test_an_iterator_draws_no_random_numbers(folder):
+    before = torch.random.get_rng_state()
+    loaded(Streamed(tars(folder)), steps=1)
+    assert torch.equal(before, torch.random.get_rng_state())
