@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.data_peers import PEERS, Members, Peer, photographs
 from data.dataset import Examples
-from data.images import decode
+from data.images import decode, pixels
 from data.loader import train_loader
 from data.plan import Plan, epoch_order
 from data.reader import ShardReader
@@ -72,7 +72,7 @@ def plan_order(plan: Plan) -> list[int]:
 def decoded_ours(reader: ShardReader, order: list[int]) -> Iterator[tuple[Any, Any]]:
     """Pixels and JSON of every sample, both checked by CRC-32."""
     for j in order:
-        yield np.asarray(decode(reader.image_bytes(j) or b"", "")), reader.record(j)
+        yield pixels(reader.image_bytes(j) or b"", "").numpy(), reader.record(j)
 
 
 def count(items: Iterator[Any]) -> int:
@@ -160,7 +160,7 @@ def resume_line(reader: ShardReader, rounds: int) -> dict[str, Any]:
 
     def first_batch(share: float) -> float:
         epoch_order_forgotten()
-        examples = Examples(reader, **options, transform=pixels, keep_mb=0)
+        examples = Examples(reader, **options, transform=as_tensor, keep_mb=0)
         began = time.perf_counter()
         plan = Plan(len(examples), 32, 0, reader.manifest_hash)
         start = int(share * plan.steps_per_epoch)
@@ -183,7 +183,7 @@ def epoch_order_forgotten() -> None:
     plan._cached_order.cache_clear()
 
 
-def pixels(image: Any) -> torch.Tensor:
+def as_tensor(image: Any) -> torch.Tensor:
     return torch.from_numpy(np.array(image))
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from data.images import decode
+from data.images import transformed
 from data.reader import ShardReader
 from data.records import IMAGE_TAG, BadRecord, Example
 from data.tokens import Tokenizer, encode_segments
@@ -62,10 +62,10 @@ class Examples(Dataset[Sample]):
     """Map-style data set over every dialog of a shard folder.
 
     prompt: turns -> segments. n_image: positions an image takes. ctx_len: longest sequence, image
-    included. transform: PIL image -> pixels of one sample; features: a cache that replaces it;
-    with neither, only texts are read. answer=False leaves the last gpt turn out of the sequence and
-    returns it as `gold`. keep_mb: transformed pictures are kept in memory up to this size. draft: see
-    data.images.decode.
+    included. transform: PIL image -> pixels of one sample, see data.images.transformed; features: a
+    cache that replaces it; with neither, only texts are read. answer=False leaves the last gpt turn out of
+    the sequence and returns it as `gold`. keep_mb: transformed pictures are kept in memory up to this size.
+    draft: see data.images.decode.
 
     overlong: what happens to a sample longer than ctx_len. "refuse": ValueError. "cut": the first
     ctx_len positions if they hold a label; otherwise the sample keeps its slot with weight 0 and is
@@ -207,7 +207,7 @@ class Examples(Dataset[Sample]):
         found = self._pictures.get(example.record)
         if found is None:
             data = self.reader.image_bytes(example.record)
-            found = self._transform(decode(data or b"", example.key, draft=self._draft))
+            found = transformed(self._transform, data or b"", example.key, draft=self._draft)
             worker = get_worker_info()
             # Every loader worker keeps pictures of its own, so they share the limit.
             if self._kept_bytes < self._keep_bytes // (1 if worker is None else worker.num_workers):

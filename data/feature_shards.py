@@ -19,7 +19,7 @@ from torch.nn.functional import avg_pool2d
 
 from data.batch import stack
 from data.features import FeatureTable
-from data.images import BadPicture, decode
+from data.images import BadPicture, transformed
 from data.index import FEATURE_KIND
 from data.reader import ShardReader
 from data.shards import Pictured
@@ -79,7 +79,9 @@ def _encoded(
 ) -> Iterator[Pictured]:
     """These records with features in place of their pictures."""
     pixels = [
-        transform(decode(data, reader.key(i), draft=draft)) for i in numbers for _, data in reader.images(i)
+        transformed(transform, data, reader.key(i), draft=draft)
+        for i in numbers
+        for _, data in reader.images(i)
     ]
     made: Iterator[bytes] = iter(())
     if pixels:

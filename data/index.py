@@ -74,8 +74,8 @@ class Index:
         return len(self.key_end)
 
     def key(self, i: int) -> str:
-        start = int(self.key_end[i - 1]) if i else 0
-        return self.key_bytes[start : int(self.key_end[i])].tobytes().decode("utf-8")
+        start = self.key_end.item(i - 1) if i else 0
+        return self.key_bytes[start : self.key_end.item(i)].tobytes().decode("utf-8")
 
     @property
     def json_offset(self) -> Offsets:
@@ -87,19 +87,20 @@ class Index:
 
     def text(self, i: int) -> Span:
         """The member that holds the text of record i."""
-        return Span("json", self.json_offset[i], int(self.json_size[i]), int(self.json_crc[i]))
+        block = self.json_block.item(i)
+        return Span("json", block * _BLOCK or -1, self.json_size.item(i), self.json_crc.item(i))
 
     def images(self, i: int) -> list[Span]:
         """The pictures of record i in order, none for text only."""
-        if not self.image_kind[i]:
+        kind = self.image_kind.item(i)
+        if not kind:
             return []
-        first = _span(self.image_kind[i], self.image_block[i], self.image_size[i], self.image_crc[i])
-        rest = (_span(*(column[j] for column in self._more)) for j in self._others(i))
-        return [first, *rest]
+        first = _span(kind, self.image_block.item(i), self.image_size.item(i), self.image_crc.item(i))
+        return [first, *(_span(*(column.item(j) for column in self._more)) for j in self._others(i))]
 
     def n_images(self, i: int) -> int:
         """Number of pictures of record i."""
-        return len(self._others(i)) + 1 if self.image_kind[i] else 0
+        return len(self._others(i)) + 1 if self.image_kind.item(i) else 0
 
     def _others(self, i: int) -> range:
         if not len(self.more_record):
@@ -112,8 +113,8 @@ class Index:
         return self.more_kind, self.more_block, self.more_size, self.more_crc
 
 
-def _span(kind: Any, block: Any, size: Any, crc: Any) -> Span:
-    return Span(IMAGE_KINDS[int(kind)], int(block) * _BLOCK, int(size), int(crc))
+def _span(kind: int, block: int, size: int, crc: int) -> Span:
+    return Span(IMAGE_KINDS[kind], block * _BLOCK, size, crc)
 
 
 _DTYPES: dict[str, Any] = {

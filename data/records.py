@@ -66,7 +66,9 @@ def parse_json(text: bytes | str, where: str) -> Any:
     if len(text) > MAX_JSON:
         raise BadRecord(f"{where}: the JSON has {len(text):,} bytes, at most {MAX_JSON:,} are read")
     try:
-        found = json.loads(text, parse_constant=_refuse_constant)
+        if not isinstance(text, str):
+            text = text.decode(json.detect_encoding(text), "surrogatepass")
+        found = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"{where}: not valid JSON: {error}") from error
     if _deeper(found, MAX_DEPTH):
@@ -118,6 +120,10 @@ def _caption(text: bytes, where: str, layout: Mapping[str, Any]) -> str:
 
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is no JSON number")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant)
+"""Made once: `json.loads` with an option makes one at every call."""
 
 
 def dump_json(value: Any) -> bytes:

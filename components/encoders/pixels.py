@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -24,8 +24,9 @@ Statistics = tuple[float, ...]
 class ImageTransform:
     """PIL image -> float32 pixels [3, size, size], bicubic, then (x - mean) / std on [0, 1] values.
 
-    fit "stretch": both sides to `size`, aspect lost. "crop": shortest side to `size`, then the
-    centre square, borders lost (what the CLIP processor of the paper's code does, to the pixel).
+    An image may also be uint8 pixels [height, width, 3]; one of this size already is not resized.
+    fit "stretch": both sides to `size`, aspect lost. "crop": shortest side to `size`, then the centre
+    square, borders lost (what the CLIP processor of the paper's code does, to the pixel).
     """
 
     size: int
@@ -33,11 +34,23 @@ class ImageTransform:
     std: Statistics = HALF
     fit: str = "stretch"
 
-    def __call__(self, image: Image) -> Tensor:
-        square = self._square(image.convert("RGB"))
-        values = torch.from_numpy(np.array(square)).float() / 255  # [size, size, 3]
-        values = (values - torch.tensor(self.mean)) / torch.tensor(self.std)
-        return values.permute(2, 0, 1).contiguous()
+    takes_pixels: ClassVar[bool] = True
+
+    def __call__(self, image: Image | Tensor) -> Tensor:
+        pixels = self._sized(image).permute(2, 0, 1).contiguous()  # [3, size, size]
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return pixels.float().div_(255).sub_(mean).div_(std)
+
+    def _sized(self, image: Image | Tensor) -> Tensor:
+        """uint8 pixels [size, size, 3]."""
+        if isinstance(image, Tensor):
+            if image.shape[:2] == (self.size, self.size):
+                return image
+            from PIL.Image import fromarray
+
+            image = fromarray(image.numpy())
+        rgb = image if image.mode == "RGB" else image.convert("RGB")
+        return torch.from_numpy(np.array(rgb if rgb.size == (self.size, self.size) else self._square(rgb)))
 
     def _square(self, image: Image) -> Image:
         from PIL.Image import Resampling

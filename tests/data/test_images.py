@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from io import BytesIO
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile
 
+from data import images
 from data.dataset import Examples
-from data.images import decode, extension, header
+from data.images import BadPicture, decode, extension, header, pixels, transformed
 from data.loader import eval_loader
 from data.reader import ShardReader
 
@@ -130,3 +134,105 @@ def test_small_flat_pictures_are_no_bombs():
     out = BytesIO()
     Image.new("RGB", (512, 512)).save(out, "WEBP", lossless=True)
     assert decode(out.getvalue(), "x").size == (512, 512)
+
+
+def jpeg(size=(65, 47), *, mode="RGB", **options) -> bytes:
+    out = BytesIO()
+    noise = np.random.default_rng(7).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(noise).convert(mode).save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+SORTS = {
+    "4:2:0": jpeg(subsampling=2, quality=60),
+    "4:2:2": jpeg(subsampling=1, quality=95),
+    "4:4:4": jpeg(subsampling=0),
+    "progressive": jpeg(progressive=True, quality=30),
+    "restart": jpeg(restart_marker_rows=1),
+    "kept RGB": jpeg(keep_rgb=True),
+    "a pixel": jpeg((1, 1)),
+    "grey": jpeg(mode="L"),
+    "CMYK": jpeg(mode="CMYK"),
+    "turned": jpeg(exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+    "png": picture(1),
+    "webp": picture(1, kind="WEBP"),
+}
+FAST = [name for name in SORTS if name not in ("grey", "CMYK", "png", "webp")]
+
+
+@pytest.mark.parametrize("name", SORTS)
+def test_pixels_are_those_of_pillow(name):
+    found = pixels(SORTS[name], "x")
+    assert found.dtype == torch.uint8 and found.is_contiguous()
+    assert np.array_equal(found.numpy(), np.asarray(decode(SORTS[name], "x")))
+
+
+@pytest.mark.parametrize("name", SORTS)
+def test_color_jpegs_need_no_pillow(name, monkeypatch):
+    asked = []
+    monkeypatch.setattr(images, "decode", lambda *a, **k: asked.append(a) or decode(*a, **k))
+    pixels(SORTS[name], "x")
+    assert bool(asked) == (name not in FAST)
+    pixels(SORTS[name], "x", draft=8)
+    assert len(asked) == 2 - (name in FAST), "only Pillow drafts"
+
+
+def test_damaged_jpegs_are_told_as_by_pillow():
+    draw, judged = random.Random(0), Counter()
+    for turn in range(400):
+        data = bytearray(SORTS[draw.choice(FAST)])
+        kind = draw.choice(["flip", "cut", "cut and ended", "longer"])
+        if kind == "flip":
+            data[draw.randrange(3, len(data))] ^= 1 << draw.randrange(8)
+        elif kind == "longer":
+            at = draw.randrange(3, len(data))
+            data[at:at] = draw.randbytes(3)
+        else:
+            data = data[: draw.randrange(4, len(data))] + b"\xff\xd9" * (kind != "cut")
+        told = []
+        for read in (pixels, decode):
+            try:
+                told.append(np.asarray(read(bytes(data), "x")).tobytes())
+            except BadPicture as error:
+                told.append(str(error))
+        assert told[0] == told[1], (turn, kind)
+        judged[type(told[0])] += 1
+    assert min(judged[str], judged[bytes]) > 50
+
+
+def test_a_jpeg_of_too_many_pixels_is_refused_before_it_is_decoded(monkeypatch):
+    monkeypatch.setattr(images, "_jpeg_reader", lambda: lambda _: pytest.fail("decoded"))
+    data = bytearray(jpeg((64, 64)))
+    at = data.index(b"\xff\xc0")
+    data[at + 5 : at + 9] = bytes([255, 255, 255, 255])
+    with pytest.raises(BadPicture, match="at most 64,000,000 are decoded"):
+        pixels(bytes(data), "x")
+
+
+def test_a_torchvision_without_jpeg_is_told_once(monkeypatch, caplog):
+    import torchvision.io
+
+    def none(data, mode):
+        raise RuntimeError("not compiled with libjpeg support")
+
+    monkeypatch.setattr(torchvision.io, "decode_jpeg", none)
+    images._jpeg_reader.cache_clear()
+    try:
+        for _ in range(2):
+            assert np.array_equal(pixels(SORTS["4:2:0"], "x").numpy(), decode(SORTS["4:2:0"], "x"))
+    finally:
+        images._jpeg_reader.cache_clear()
+    (record,) = caplog.records
+    assert "not compiled with libjpeg support" in record.getMessage()
+
+
+def test_a_transform_gets_what_it_takes():
+    class Transform:
+        takes_pixels = True
+
+        def __call__(self, image):
+            return image
+
+    assert isinstance(transformed(Transform(), SORTS["4:2:0"], "x"), torch.Tensor)
+    assert isinstance(transformed(lambda image: image, SORTS["4:2:0"], "x"), Image.Image)
+    assert transformed(Transform(), SORTS["4:2:0"], "x", draft=12).shape[:2] == (24, 33)
