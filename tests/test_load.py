@@ -19,9 +19,9 @@ import toolkit
 from data.tokens import WorldTokenizer
 from tests.asking import QUESTIONS, TOKENIZER, picture
 from tests.compositions import one
+from tests.converting import golden_file
+from tests.encoding import TINY_CLIP, tiny_clip
 from tests.helpers import make_batch, small_model, take
-from tests.test_convert import golden_file
-from tests.test_encoders import TINY_CLIP, tiny_clip
 from toolkit import Sampling, checkpoint, generate, loading, questions
 from toolkit.build import build_model, from_dict
 from toolkit.contracts import Text
