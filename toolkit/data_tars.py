@@ -34,17 +34,26 @@ def _remote_options(asked: argparse.ArgumentParser) -> None:
     remote = asked.add_argument_group("behind a URL")
     remote.add_argument("--anonymous", action="store_true", help="read without credentials")
     remote.add_argument("--endpoint", default="", metavar="URL", help="of an S3-compatible store")
-    remote.add_argument(
-        "--retries", type=count, default=5, metavar="N", help="after a failed read; default 5"
-    )
+    remote.add_argument("--retries", type=count, metavar="N", help="after a failed read; default 5")
 
 
 def _origin(url: str, args: argparse.Namespace) -> Origin:
     from data.remote import Origin
 
     cache = os.environ.get("TOOLKIT_CACHE") or "~/.cache/visualrwkv-toolkit"
-    options = {"retries": args.retries, "anonymous": args.anonymous, "endpoint": args.endpoint}
-    return Origin(url, f"{cache}/blocks", **options)
+    retries = 5 if args.retries is None else args.retries
+    return Origin(url, f"{cache}/blocks", retries=retries, anonymous=args.anonymous, endpoint=args.endpoint)
+
+
+def _refuse_remote_options(what: str, args: argparse.Namespace) -> None:
+    given = {
+        "--anonymous": args.anonymous,
+        "--endpoint": args.endpoint,
+        "--retries": args.retries is not None,
+    }
+    named = next((option for option, value in given.items() if value), None)
+    if named is not None:
+        raise ValueError(f"{named} is for URLs, and {what} is none; leave it out")
 
 
 def _found(args: argparse.Namespace) -> tuple[list[Path], Path, Origin | None]:
@@ -59,6 +68,7 @@ def _found(args: argparse.Namespace) -> tuple[list[Path], Path, Origin | None]:
             raise ValueError(f"{urls[0]} is behind a URL; say with --out FOLDER where the index goes")
         origin, names = tars_at(urls, _origin(urls[0], args))
         return [Path(name) for name in names], args.out, origin
+    _refuse_remote_options(args.shards[0], args)
     shards = _tars(args.shards)
     folders = {path.resolve().parent for path in shards}
     if args.out is None and len(folders) > 1:
@@ -118,6 +128,7 @@ def verify(words: list[str]) -> int:
     _remote_options(asked)
     args = asked.parse_args(words)
     if "://" not in args.folder:
+        _refuse_remote_options(args.folder, args)
         return _verified(Path(args.folder), args.folder, args)
     from data.mirror import mirror
 

@@ -186,10 +186,13 @@ def test_folders_of_one_name_do_not_share_cached_blocks(tars, tmp_path):
         (["memory://b/none", "--out", "o"], "memory://b/none holds no file called *.tar"),
         (["https://a/0.tar", "https://b/0.tar", "--out", "o"], "lie in 2 folders (https://a, https://b)"),
         (["ftp://host/0.tar", "--out", "o"], "a URL here begins with http://, https://, s3://"),
+        ([".", "--retries", "0"], "--retries is for URLs, and . is none; leave it out"),
+        (["--verify", "here", "--anonymous"], "--anonymous is for URLs, and here is none; leave it out"),
     ],
 )
 def test_urls_that_cannot_be_indexed(words, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert data.main(["index", *words]) == 2
+    action = ["verify", *words[1:]] if words[0] == "--verify" else ["index", *words]
+    assert data.main(action) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
