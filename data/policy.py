@@ -173,6 +173,7 @@ class Counted:
     def __iter__(self) -> Iterator[Batch]:
         sampler: Any = self._loader.batch_sampler
         trained, missing = 0, set[int]()
+        begun = self._first % self._plan.steps_per_epoch  # steps of the epoch before this loader
         for number, (slots, batch) in enumerate(zip(sampler, self._loader, strict=True), 1):
             for (item, planned), weight in zip(slots, batch.weight.tolist(), strict=True):
                 trained += planned > 0 and weight > 0
@@ -180,12 +181,12 @@ class Counted:
                     missing.add(item)
             step, within = divmod(number, sampler.per_step)
             if not within and (self._first + step) % self._plan.steps_per_epoch == 0:
-                self._check((self._first + step) // self._plan.steps_per_epoch, trained, missing)
-                trained, missing = 0, set()
+                self._check((self._first + step) // self._plan.steps_per_epoch, trained, missing, begun)
+                trained, missing, begun = 0, set(), 0
             # After the check: who knows the length never asks for more than the last batch.
             yield batch
 
-    def _check(self, epoch: int, trained: int, missing: set[int]) -> None:
+    def _check(self, epoch: int, trained: int, missing: set[int], begun: int) -> None:
         lost = sorted(missing - set(reported(self._report)))
         if lost:
             raise RuntimeError(
@@ -194,6 +195,7 @@ class Counted:
             )
         trained, left_out = self._summed(trained, len(missing))
         if left_out:
-            words = "epoch %d: %s samples planned = %s trained + %s reported in %s"
+            words = "epoch %d%s: %s samples planned = %s trained + %s reported in %s"
+            since = f" after its first {begun:,} steps" if begun else ""
             total = trained + left_out
-            log.warning(words, epoch, f"{total:,}", f"{trained:,}", f"{left_out:,}", self._report)
+            log.warning(words, epoch, since, f"{total:,}", f"{trained:,}", f"{left_out:,}", self._report)

@@ -151,21 +151,30 @@ def first_met_by_rank_1(folder: Path, step: int, batch: int) -> int:
     return next(i for j in plan.rank_part(step, 1, 2)[0] if (i := int(record[j])) not in seen)
 
 
-def test_a_fault_on_one_rank_ends_both_and_is_named(whole: Path, tmp_path: Path) -> None:
+def test_a_fault_on_one_rank_ends_both_and_one_process_can_go_on(whole: Path, tmp_path: Path) -> None:
     bad = first_met_by_rank_1(whole, step=3, batch=4)
     folder = damaged(whole, tmp_path / "data", bad)
-    words = ["loss.reduction=sample", "stages.tune.global_batch=4", "stages.tune.steps=9"]
+    words = [
+        "loss.reduction=sample",
+        "stages.tune.global_batch=4",
+        "stages.tune.steps=6",
+        "checkpoint.every=2",
+    ]
     processes = by_srun("-m", "toolkit.run", *command(folder, tmp_path / "two", *words))
-    assert run.main(command(folder, tmp_path / "one", *words)) == 1
     codes, said = ended(processes)
     assert codes == [1, 1], said
     cause = f"rank 1, stage tune, step 3: DamagedSample: shard-000000.tar: key {bad:08}: member {bad:08}.png"
     assert cause in said[0] and cause in said[1]
     status = read(only(tmp_path / "two", "status.json"))
     assert status["state"] == "failed" and status["error"].startswith(cause)
-    # Until then both took the same steps.
-    before = losses(tmp_path / "one")
-    assert len(before) == 3 and losses(tmp_path / "two") == pytest.approx(before, rel=1e-4)
+    # What they trained until then is kept: one process goes on as if it had trained all of it.
+    assert len(losses(tmp_path / "two")) == 3
+    shutil.copytree(whole / "train", folder / "train", dirs_exist_ok=True)
+    for out in ("two", "one"):
+        assert run.main(command(folder, tmp_path / out, *words)) == 0
+    assert len(losses(tmp_path / "one")) == 6
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert read(only(tmp_path / "two", "result.json"))["resumed_from"] == [2]
 
 
 HANGS = """

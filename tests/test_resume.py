@@ -8,7 +8,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -24,13 +23,13 @@ from torch import Tensor, nn
 
 import toolkit.checkpoint
 import toolkit.rundir
+from tests.test_ranks import by_srun, ended
 from tests.test_rundir import CFG
 from toolkit import checkpoint, graphs, resume, run, state, stopping
 from toolkit.lit import StageModule
 from toolkit.rundir import RunDir
 from toolkit.schema import RunConf, StageConf
 
-ROOT = Path(__file__).resolve().parent.parent
 WORDS = [
     "scale=quick",
     "encoder=patch",
@@ -137,15 +136,38 @@ def test_a_stopped_run_ends_with_the_bits_of_an_unbroken_one(
         assert end.value.code == 75
         status = read(only(tmp_path / "stopped") / "status.json")
         assert (status["state"], status["step"]) == ("stopped", step)
-    # What was written after the last checkpoint does not count, nor do random numbers drawn since.
+    # What was written after the last checkpoint does not count.
     folder = only(tmp_path / "stopped")
     with (folder / "metrics.csv").open("a") as file:
         file.write("9.9,0.1,98\n")
+    (folder / "checkpoints" / ".step-00000009.1-ab.part").mkdir()
     assert launch("stopped", *words) == folder
     assert outcome(folder) == outcome(whole)
     assert read(folder / "result.json")["resumed_from"] == stops
     assert read(whole / "result.json")["resumed_from"] == []
     assert [f.name for f in (folder / "checkpoints").iterdir()] == ["last"]
+
+
+def test_a_run_that_broke_down_goes_on_from_its_last_checkpoint(
+    launch: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows and points of the steps after it are dropped, for they come again."""
+    words = ["checkpoint.every=3", "eval.every=1", "eval.every_limit=4", "log.every=1"]
+    whole, train = launch("whole", *words), StageModule.training_step
+
+    def breaks(module: StageModule, batch: Any, index: int) -> Tensor:
+        if module.global_step == 5:
+            raise RuntimeError("seeded crash")
+        return train(module, batch, index)
+
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="seeded crash"):
+        patch.setattr(StageModule, "training_step", breaks)
+        launch("broken", *words)
+    folder = only(tmp_path / "broken")
+    assert len((folder / "accuracy.jsonl").read_text().splitlines()) == 5
+    launch("broken", *words)
+    assert outcome(folder) == outcome(whole)
+    assert read(folder / "result.json")["resumed_from"] == [3]
 
 
 def test_captured_steps_go_on_to_the_bit(
@@ -416,26 +438,37 @@ def test_moments_go_to_their_parameters_and_into_their_tensors(fused: bool) -> N
         assert all(torch.equal(tensor, wanted[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="signals of process groups")
-def test_a_signal_to_all_processes_of_a_run_is_one_stop(tmp_path: Path, cache: Path) -> None:
-    """As SLURM sends it, to the loader's workers too."""
-    words = [*WORDS, "stages.tune.steps=100000", "hardware.workers=2", f"paths.cache={cache}"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "toolkit.run", *words, f"paths.runs={tmp_path}"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    until = time.monotonic() + 120
-    while not list(tmp_path.glob("*-s0-*/metrics.csv")):
-        assert time.monotonic() < until and process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGTERM)
-    _, error = process.communicate(timeout=60)
-    assert process.returncode == 75, error[-2000:]
-    folder = only(tmp_path)
-    status = read(folder / "status.json")
-    assert status["state"] == "stopped" and status["step"] > 0
-    assert f"stopped after step {status['step']:,}; the same command goes on from there" in error
-    assert (folder / "checkpoints" / f"step-{status['step']:08d}" / "manifest.json").exists()
+STOPPER = """\
+import os, signal, sys
+from toolkit import run
+from toolkit.lit import StageModule
+
+train = StageModule.training_step
+
+
+def training_step(module, batch, index):
+    if os.environ["SLURM_PROCID"] == "1" and module.global_step == 3:
+        signal.raise_signal(signal.SIGUSR1)
+    return train(module, batch, index)
+
+
+StageModule.training_step = training_step
+sys.exit(run.main(sys.argv[1:]))
+"""
+
+
+def test_two_ranks_stop_at_one_step_and_one_goes_on(
+    launch: Callable[..., Path], tmp_path: Path, cache: Path
+) -> None:
+    """The signal reaches one of them only, in the middle of its fourth step."""
+    whole = launch("whole", "log.every=1")
+    (tmp_path / "stopper.py").write_text(STOPPER)
+    paths = [f"paths.runs={tmp_path / 'two'}", f"paths.cache={cache}", "hardware.device=cpu"]
+    codes, outputs = ended(by_srun(str(tmp_path / "stopper.py"), *WORDS, *paths, "log.every=1"))
+    assert codes == [75, 75], outputs
+    folder = only(tmp_path / "two")
+    assert read(folder / "status.json")["state"] == "stopped" and read(folder / "status.json")["step"] == 4
+    launch("two", "log.every=1")
+    assert read(folder / "result.json")["resumed_from"] == [4]
+    found, wanted = (np.loadtxt(f / "metrics.csv", delimiter=",", skiprows=1) for f in (folder, whole))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)

@@ -246,6 +246,7 @@ def test_a_single_run_that_is_stopped_says_so(tmp_path: Path, sent: signal.Signa
         *TINY,
         "stages.tune.steps=100000",
         "log.tensorboard=false",
+        "hardware.workers=2",
         "paths.runs=runs",
         "paths.cache=cache",
     ]
@@ -255,13 +256,17 @@ def test_a_single_run_that_is_stopped_says_so(tmp_path: Path, sent: signal.Signa
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     until = time.monotonic() + 120
     while not list(tmp_path.glob("runs/*/metrics.csv")):
         assert time.monotonic() < until and single.poll() is None, single.communicate()
         time.sleep(0.1)
-    single.send_signal(sent)
+    os.killpg(single.pid, sent)  # as terminals and SLURM do: the loader's workers hear it too
     _, error = single.communicate(timeout=60)
     assert single.returncode == code, error[-2000:]
     (status,) = tmp_path.glob("runs/*/status.json")
-    assert json.loads(status.read_text())["state"] == "stopped"
+    told = json.loads(status.read_text())
+    assert told["state"] == "stopped" and told["step"] > 0
+    assert f"stopped after step {told['step']:,}; the same command goes on from there" in error
+    assert (status.parent / f"checkpoints/step-{told['step']:08d}/manifest.json").exists()

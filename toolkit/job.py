@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import kernels
-from data.cluster import Place
 from data.tokens import WorldTokenizer
 from toolkit import checkpoint, curve, metrics, ranks, resume, stopping
 from toolkit.build import build_model, from_dict, on_meta, parameters_by_part, select_trainable
 from toolkit.corpus import Corpus
 from toolkit.evaluate import as_jsonl
+from toolkit.frame import Timer, closing_line, held, noted
 from toolkit.graphs import Steps
 from toolkit.left_out import merged
 from toolkit.model import VisualRWKV
-from toolkit.ranks import RankFailed
 from toolkit.rundir import RunDir, provenance, write_json, write_text
 from toolkit.saver import Saver, StepEnds
 from toolkit.schema import RunConf
@@ -32,6 +28,7 @@ from toolkit.train import (
     choose_kernels,
     device_of,
     fit_stage,
+    micro_batch,
     prepare,
 )
 from toolkit.waits import Waits
@@ -56,13 +53,13 @@ def run_job(
     """
     conf = from_dict(cfg)
     run = RunDir(Path(conf.paths.runs).expanduser(), cfg)
-    with _held(conf, run) as place:
+    with held(conf, run) as place:
         done: dict[str, Any] | None = ranks.shared(run.finished)
         if done is not None:
             log.info("%s is already done: accuracy %.2f %%", run.path, 100 * done["accuracy"])
             return done
         began = time.monotonic()
-        with _noted(run, recipe=recipe, **provenance(argv)):
+        with noted(run, recipe=recipe, **provenance(argv)):
             if ranks.main():
                 write_text(run.config, _yaml(cfg))
             made = execute(conf, run, on_estimate=on_estimate)
@@ -83,39 +80,6 @@ def run_job(
     return result
 
 
-@contextmanager
-def _held(conf: RunConf, run: RunDir) -> Iterator[Place]:
-    """Every process of the run inside, the run's directory locked by rank 0."""
-    cuda = conf.hardware.device != "cpu" and torch.cuda.is_available()
-    with (
-        ranks.joined(cuda=cuda, last_words=lambda text: run.note("failed", error=text)) as place,
-        run.lock() if ranks.main() else nullcontext(),
-    ):
-        yield place
-
-
-@contextmanager
-def _noted(run: RunDir, **facts: Any) -> Iterator[None]:
-    """Notes in status.json that the block runs and how it ended, whichever rank ended it."""
-    note = run.note if ranks.main() else lambda state, **facts: None
-    note("running", **facts)
-    try:
-        yield
-    except BaseException as raised:
-        error = ranks.cause(raised)
-        code = error.code if isinstance(error, RankFailed) else 1
-        if isinstance(error, (KeyboardInterrupt, SystemExit)) or code != 1:
-            note("stopped")
-        elif isinstance(error, RankFailed):
-            note("failed", error=str(error))
-        else:
-            note("failed", error=f"{type(error).__name__}: {error}")
-        if error is raised:
-            raise
-        raise error from raised
-    note("done")
-
-
 def execute(
     conf: RunConf,
     run: RunDir,
@@ -125,6 +89,9 @@ def execute(
     """Data, model, training stages and evaluation; returns what the result tells of them."""
     device = device_of(conf.hardware)
     warn_without_gpu(conf.hardware, device)
+    for name, stage in conf.stages.items():
+        if not stage.tokens:
+            micro_batch(stage, conf.hardware, name=name)  # refuses what cannot be shared before data are read
     prepare(conf.hardware, conf.seed)
     choose_kernels(conf.hardware, device)
     log.info("run directory %s", run.path)
@@ -203,11 +170,7 @@ def train(
     with stopping.at_step_ends():
         train_stages(task, saver, on_estimate)
         done = trained(saver, before)
-        if ranks.main():
-            checkpoint.save(run.weights, model, parts=parts, facts=done)
-            resume.drop(run)
-        ranks.barrier()
-        saver.end_if_asked()
+        saver.finish(done)
     return done
 
 
@@ -314,33 +277,6 @@ def check(cfg: Mapping[str, Any]) -> dict[str, Any]:
         "image_tokens": model.n_image,
         "per_vocabulary_entry": 0 if world else 2 * conf.model.d_model,
     }
-
-
-class Timer:
-    """Notes the seconds that a block took under a name."""
-
-    def __init__(self, facts: dict[str, Any], name: str) -> None:
-        self.facts, self.name = facts, name
-
-    def __enter__(self) -> None:
-        self.began = time.monotonic()
-
-    def __exit__(self, *error: object) -> None:
-        self.facts[self.name] = round(time.monotonic() - self.began, 1)
-
-
-def share(value: float | None) -> str:
-    """A share in percent; what nobody knows is called so."""
-    return "unknown" if value is None else f"{100 * value:.2f} %"
-
-
-def closing_line(path: Path, result: Mapping[str, Any]) -> str:
-    """What a run says when it ends."""
-    percent = {k: share(result[k]) for k in ("accuracy", "majority", "blind")}
-    return (
-        f"accuracy {percent['accuracy']} on {result['n']:,} questions (majority {percent['majority']}, "
-        f"question only {percent['blind']}) in {result['seconds']:.0f} s: {path}"
-    )
 
 
 def _yaml(cfg: Mapping[str, Any]) -> str:

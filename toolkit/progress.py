@@ -62,7 +62,7 @@ class PlainProgress(L.Callback):
         now, step, steps = time.monotonic(), trainer.global_step, trainer.max_steps
         if trainer.is_global_zero and (now - self.spoke >= INTERVAL or step == steps) and step:
             self.spoke = now
-            loss = float(outputs["loss"])
+            loss = float(trainer.callback_metrics["loss"])  # of the whole step
             say(self.name, step, steps, loss, now - self.began, after=self.after, start=self.start)
 
 

@@ -165,7 +165,7 @@ def _tell(group: Group, error: BaseException) -> None:
         kept = json.loads(group.store.compare_set(_FAILED, "", json.dumps(mine)))
         if kept != mine:
             return
-        log.error("%s", told(mine))
+        log.log(logging.ERROR if code == 1 else logging.INFO, "%s", told(mine))
         until = time.monotonic() + _GRACE / 2
         while group.store.add(_HEARD, 0) < group.place.world - 1 and time.monotonic() < until:
             time.sleep(0.05)
@@ -174,6 +174,8 @@ def _tell(group: Group, error: BaseException) -> None:
 
 
 def _named(error: BaseException) -> str:
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        return "asked to stop"
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 

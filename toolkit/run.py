@@ -85,7 +85,7 @@ def configure_logging() -> None:
         rank = place().rank
     except ValueError:  # told where it matters: when a run starts
         rank = 0
-    who = f"rank {rank}: " if rank else ""
+    who = f"[rank {rank}] " if rank else ""
     logging.basicConfig(level=logging.WARNING, format=f"%(asctime)s {who}%(message)s", datefmt="%H:%M:%S")
     logging.getLogger("toolkit").setLevel(logging.WARNING if rank else logging.INFO)
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -57,6 +58,8 @@ class Saver:
         self.streamed_out = self._streamed = int(point.facts["streamed_out"]) if point else 0
         self._began = self._spoke = time.monotonic()
         self._last = point.step if point else 0
+        if point and ranks.main():
+            task.run.note("running", step=point.step, resumed_from=self.resumed_from)
 
     def due(self, stage: Stage, step: int) -> bool:
         """Whether a checkpoint is wanted after this step of a stage, whatever the clock says."""
@@ -84,8 +87,17 @@ class Saver:
             log.info("stopped after step %s; the same command goes on from there", f"{total:,}")
             self._end(wish)
 
-    def end_if_asked(self) -> None:
-        """After training: ends the run on every rank if one of them was asked to stop."""
+    def finish(self, facts: dict[str, Any]) -> None:
+        """After the last step: writes weights and facts, which replace the checkpoints.
+
+        Ends the run on every rank if one of them was asked to stop meanwhile.
+        """
+        run = self.task.run
+        if ranks.main():
+            weights = {checkpoint.WEIGHTS: checkpoint.weights_of(self.task.model, self.parts)}
+            self._write(run.weights, weights, {"parts": self.parts, **facts}, {})
+            resume.drop(run)
+        ranks.barrier()
         self._end(max(one for (one,) in ranks.numbers(_of(stopping.asked()))))
 
     def _end(self, wish: int) -> None:
@@ -117,6 +129,14 @@ class Saver:
         state = {**moments_of(model, optimizer), **random}
         facts = {"parts": self.parts, **self._facts(stage, step), "python": python}
         tensors = {checkpoint.WEIGHTS: weights, resume.STATE: state}
+        self._write(folder, tensors, facts, files)
+        self._drop(total)
+        run.note("running", step=total, resumed_from=self.resumed_from)
+        log.info("saved after step %s, %.1f s", f"{total:,}", time.monotonic() - began)
+
+    def _write(
+        self, folder: Path, tensors: Mapping[str, Any], facts: dict[str, Any], files: Mapping[str, bytes]
+    ) -> None:
         try:
             checkpoint.write(folder, tensors, facts, files=files)
         except OSError as error:
@@ -125,9 +145,6 @@ class Saver:
                 f"{folder} cannot be written: {error}; make room or let it be written, and start the same "
                 f"command again: it {kept}"
             ) from error
-        self._drop(total)
-        run.note("running", step=total, resumed_from=self.resumed_from)
-        log.info("saved after step %s, %.1f s", f"{total:,}", time.monotonic() - began)
 
     def _facts(self, stage: Stage, step: int) -> dict[str, Any]:
         asked = dataclasses.asdict(self.task.conf)

@@ -166,7 +166,8 @@ def announce(
 ) -> tuple[estimate.Forecast, float]:
     """Says how long the run, and the rows of its sweep after it, will take.
 
-    stages: those with steps left to do; seconds: a step of the first. Returns the forecast of the run and the seconds of those rows.
+    stages: those with steps left to do; seconds: a step of the first. Returns the forecast of the run and the
+    seconds of those rows.
     """
     begin, end = stages[0].first_step + stages[0].start, stages[-1].first_step + stages[-1].steps
     asked = questions(task, end, start=begin)

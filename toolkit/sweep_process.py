@@ -14,8 +14,8 @@ from typing import Any
 COMMAND = (sys.executable, "-m", "toolkit.sweep_worker")
 """What a worker runs; the descriptor for events and the number of workers are added."""
 
-GRACE = 10.0
-"""Seconds that a worker asked to stop is given."""
+GRACE = 60.0
+"""Seconds that a worker asked to stop is given: it ends its step and saves where it is."""
 
 
 class Worker:

@@ -61,8 +61,8 @@ def backward(
 ):  # fmt: skip
     """dr, dk, dw per token; du (and dw of RWKV-5) as one row per chunk, to be added up.
 
-    A program has one chunk. All chunks are taken for mild; what comes out for strong ones means nothing and is
-    overwritten by `backward_strong`, which runs next. A branch for them would cost the others their registers.
+    A program has one chunk. All chunks are taken for mild; what comes out for strong ones means nothing and
+    is overwritten by `backward_strong`, which runs next. A branch for them would cost the others registers.
     """
     slices: tl.constexpr = N // BK
     head = tl.program_id(0) // slices
