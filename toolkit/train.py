@@ -56,8 +56,12 @@ def choose_kernels(hardware: HardwareConf, device: torch.device) -> None:
 
 
 def prepare(hardware: HardwareConf, seed: int) -> None:
-    """Seeds every generator, sets the CPU threads and keeps freed memory in the allocator."""
+    """Seeds every generator, sets the CPU threads and keeps freed memory in the allocator.
+
+    Convolutions of encoders that learn take their reproducible form on a GPU, as all else does there.
+    """
     L.seed_everything(seed, workers=True, verbose=False)
+    torch.backends.cudnn.deterministic = True
     if hardware.threads:
         torch.set_num_threads(hardware.threads)
     # A graph of small tensors is freed and allocated anew in each step; giving the memory back to the

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kernels.embedding import embedding
 from kernels.norm import add_norm, reorder
 from toolkit.contracts import NO_IMAGE, Recurrence
 
@@ -120,12 +121,20 @@ def _settled(x: Tensor, late: Tensor | None, index: Tensor | None) -> Tensor:
     return x if index is None else reorder(x, index)
 
 
+class Embedding(nn.Embedding):
+    """torch's, with a gradient that is reproducible on a GPU."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids [...] -> [..., D]."""
+        return embedding(ids, self.weight)
+
+
 class LanguageModel(nn.Module):
     """Embedding, blocks, final norm and head; parameter names of the released RWKV checkpoints."""
 
     def __init__(self, recurrence: Recurrence, *, d_model: int, n_layer: int, vocab_size: int) -> None:
         super().__init__()
-        self.emb = nn.Embedding(vocab_size, d_model)
+        self.emb = Embedding(vocab_size, d_model)
         self.blocks = nn.ModuleList(Block(recurrence, layer, d_model) for layer in range(n_layer))
         self.ln_out = nn.LayerNorm(d_model)
         self.head = nn.Linear(d_model, vocab_size, bias=False)
