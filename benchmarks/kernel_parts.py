@@ -30,8 +30,14 @@ from benchmarks.kernel_table import Row
 from benchmarks.kernel_timing import captured, medians, one_call, peak_mib, sync
 
 
+def card(device: torch.device) -> str:
+    """The name of what is measured."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 class Bench:
-    """What all parts share: the options, the device, its ceilings, and the rows so far."""
+    """What all parts share: the options, the device, and the rows so far. kept: called with all of them
+    whenever a case is done."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -39,7 +45,9 @@ class Bench:
         self.backend = options.backend or ("triton" if self.device.type == "cuda" else "torch")
         self.reps = 8 if options.quick or options.tiny else 21
         self.budget_ms = 120.0 if options.quick else 350.0
+        self.card = card(self.device)
         self.rows: list[Row] = []
+        self.kept: Callable[[list[Row]], None] = lambda rows: None
         self.begin = time.perf_counter()
 
     def shapes(self, op: str) -> list[Shape]:
@@ -105,6 +113,7 @@ def measure(
     for row in rows.values():
         row["budget_mib"] = round(budget, 1)
         bench.add(row)
+    bench.kept(bench.rows)
     bench.say(f"{shape.op} {label(shape, ends)} {mode} state={state}: " + summary(rows))
 
 
@@ -224,6 +233,7 @@ def error_part(bench: Bench, op: str) -> None:
                     continue
                 for regime, row in rows.items():
                     bench.add(fixed | {"regime": regime} | row)
+            bench.kept(bench.rows)
             bench.say(f"{op} {dtype_name} T={length} errors: {worst(bench.rows, op, dtype_name, length)}")
 
 
@@ -247,7 +257,7 @@ def warm(bench: Bench, ops: list[str], parts: list[str]) -> None:
     for op in ops:
         warm_variant(bench, f"{op}:{bench.shapes(op)[0].width}:bf16:plain")
     bench.say(f"peers tuned: {len(kernel_tuning.WINNERS)} kernels")
-    kernel_tuning.save(tuned)
+    kernel_tuning.save(tuned, bench.card)
     widths = sorted({s.width for op in ops for s in bench.shapes(op) if op != "wkv4"})
     heads = [op for op in ops if op != "wkv4"]
     jobs = [f"{op}:{w}:bf16:{k}" for op in heads for w in widths for k in ("plain", "state")]

@@ -2,7 +2,7 @@
 
 fla-core times some 250 candidates on first use, again for every new combination of argument types. Here its
 own tuner runs once per kernel (candidates compiled by a thread pool, each timed for 20 ms); the winner
-serves all argument types and is written down, so that a later run does not tune.
+serves all argument types and is written down, so that a later run on the same card does not tune.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ WINNERS: dict[str, dict[str, Any]] = {}
 THREADS = 12
 
 
-def load(path: Path) -> None:
-    """Reads the winners of an earlier run, if there are any."""
+def load(path: Path, device: str) -> None:
+    """Reads the winners of an earlier run on such a card, if there are any."""
     if path.exists():
-        WINNERS.update(json.loads(path.read_text()))
+        WINNERS.update(json.loads(path.read_text()).get(device, {}))
 
 
-def save(path: Path) -> None:
-    """Writes all winners known now."""
-    path.write_text(json.dumps(dict(sorted(WINNERS.items())), indent=1) + "\n")
+def save(path: Path, device: str) -> None:
+    """Writes all winners known now; those of other cards stay."""
+    kept = json.loads(path.read_text()) if path.exists() else {}
+    kept[device] = dict(sorted(WINNERS.items()))
+    path.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
 
 
 def install() -> None:

@@ -26,6 +26,7 @@ from benchmarks import kernel_tuning
 from benchmarks.kernel_inputs import SHAPES, Ceilings
 from benchmarks.kernel_parts import (
     Bench,
+    card,
     error_part,
     packed_part,
     reason,
@@ -45,7 +46,7 @@ KEY = ("kind", "op", "shape", "dtype", "state", "mode", "impl", "regime", "T")
 def machine(device: torch.device, top: Ceilings, label: str) -> Row:
     """What the measurements depend on."""
     row: Row = {"kind": "machine", "run": label}
-    row["device"] = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    row["device"] = card(device)
     if device.type == "cuda" and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         row["driver"] = subprocess.run(query, capture_output=True, text=True).stdout.strip()
@@ -122,13 +123,13 @@ def run_parts(bench: Bench, top: Ceilings) -> None:
                 parts[part](op)
             except Exception as error:
                 bench.say(f"FAILED {part} {op}: {reason(error)}")
-            save(bench)
+            bench.kept(bench.rows)
 
 
-def save(bench: Bench) -> None:
+def save(bench: Bench, rows: list[Row]) -> None:
     """Writes what there is, so that a run that is cut off keeps its results."""
     old = read(RESULTS / "kernels.jsonl") if not bench.options.tiny else []
-    write(Path(bench.options.out), merged(old, bench.rows))
+    write(Path(bench.options.out), merged(old, rows))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -143,8 +144,8 @@ def main(arguments: list[str] | None = None) -> None:
     on_gpu = bench.device.type == "cuda"
     if on_gpu:
         if not chosen.retune:
-            kernel_tuning.load(RESULTS / "fla_tuned.json")
-            kernel_tuning.load(out / "fla_tuned.json")
+            for folder in (RESULTS, out):
+                kernel_tuning.load(folder / "fla_tuned.json", bench.card)
         kernel_tuning.install()
     if chosen.warm:
         for job in chosen.warm.split(","):
@@ -156,11 +157,10 @@ def main(arguments: list[str] | None = None) -> None:
     if on_gpu and not chosen.no_warm:
         warm(bench, chosen.ops, chosen.parts)
     bench.add(machine(bench.device, top, label))
-    add = bench.add
-    bench.add = lambda row: add(row | {"run": label})  # type: ignore[method-assign]
+    bench.kept = lambda rows: save(bench, [row | {"run": label} for row in rows])
     run_parts(bench, top)
     if on_gpu:
-        kernel_tuning.save(out / "fla_tuned.json")
+        kernel_tuning.save(out / "fla_tuned.json", bench.card)
     bench.say(f"written to {out}")
 
 

@@ -214,8 +214,8 @@ def main(arguments: list[str] | None = None) -> None:
     out, device = Path(options.out), torch.device(options.device)
     sizes = TINY if options.tiny else SIZES
     if device.type == "cuda" and not options.no_fla:
-        kernel_tuning.load(RESULTS / "fla_tuned.json")
-        kernel_tuning.load(out / "fla_tuned.json")
+        for folder in (RESULTS, out):
+            kernel_tuning.load(folder / "fla_tuned.json", torch.cuda.get_device_name(device))
         kernel_tuning.install()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     machine = {
