@@ -96,6 +96,7 @@ class Saver:
         if ranks.main():
             weights = {checkpoint.WEIGHTS: checkpoint.weights_of(self.task.model, self.parts)}
             self._write(run.weights, weights, {"parts": self.parts, **facts}, {})
+            run.note("running", step=facts["steps"])
             resume.drop(run)
         ranks.barrier()
         self._end(max(one for (one,) in ranks.numbers(_of(stopping.asked()))))

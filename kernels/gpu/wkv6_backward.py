@@ -1,6 +1,6 @@
 """The backward kernel of WKV-5 and WKV-6: gradients of r, k, w and u.
 
-A program has BK key channels of one head and a few chunks: given the gradient of the scores, dy v',
+A program has BK key channels of one head and one chunk: given the gradient of the scores, dy v',
 everything here is separate for each key channel, and given the state before the chunk and the gradient of the
 state after it, for each chunk. Both were saved by the walks of wkv6_forward.py, which also make the gradients
 of v and of the initial state. Letters and derivation: docs/kernels.md.
