@@ -37,9 +37,11 @@ from .dispatch import (
     function,
     interpreted,
     note,
+    put_settings,
     register,
     reset_chosen,
     set_backend,
+    settings,
     use,
 )
 
@@ -48,8 +50,10 @@ __all__ = [
     "chosen",
     "debug",
     "note",
+    "put_settings",
     "reset_chosen",
     "set_backend",
+    "settings",
     "use",
     "wkv4",
     "wkv5",

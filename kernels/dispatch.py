@@ -196,3 +196,20 @@ def chosen() -> dict[str, str]:
 def reset_chosen() -> None:
     """Forgets what ran, so that a run records only its own choices."""
     _ran.clear()
+
+
+Settings = tuple[str, dict[str, set[str]]]
+"""The backend of all calls, and what ran."""
+
+
+def settings() -> Settings:
+    """What `set_backend` chose and `chosen` tells, for `put_settings`: runs of a process keep apart by it."""
+    return _default, {op: set(names) for op, names in _ran.items()}
+
+
+def put_settings(kept: Settings) -> None:
+    """Puts back what `settings` gave."""
+    global _default
+    _default = kept[0]
+    _ran.clear()
+    _ran.update(kept[1])

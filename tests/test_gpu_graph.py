@@ -146,8 +146,10 @@ def test_a_stopped_run_goes_on_to_the_bit(
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
 
 
-def test_rows_that_share_a_gpu_give_what_each_gives_alone(tmp_path: Path, cache: Path) -> None:
-    paths = [f"paths.runs={tmp_path / 'both'}", f"paths.cache={cache}"]
+@pytest.mark.parametrize("lanes", [1, 2])
+def test_rows_that_share_a_gpu_give_what_each_gives_alone(tmp_path: Path, cache: Path, lanes: int) -> None:
+    """In a process each, or in one process on streams of their own."""
+    paths = [f"paths.runs={tmp_path / 'both'}", f"paths.cache={cache}", f"hardware.lanes={lanes}"]
     assert run.main([*WORDS, *paths, "-m", "scan=uni,2d", "hardware.parallel=2"]) == 0
     for scan in ("uni", "2d"):
         alone = trained(tmp_path / scan, cache, f"scan={scan}")

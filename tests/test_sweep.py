@@ -182,7 +182,7 @@ def test_gpus_are_dealt_round_and_threads_divided(tmp_path: Path) -> None:
 
 
 def hardware(**values: object) -> dict[str, object]:
-    return {"device": "auto", "threads": 0, "parallel": 0, **values}
+    return {"device": "auto", "threads": 0, "parallel": 0, "lanes": 1, **values}
 
 
 def test_how_many_rows_a_machine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,6 +202,11 @@ def test_how_many_rows_a_machine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layout(hardware(), 40).workers == 8 and layout(hardware(device="cpu"), 40).workers == 5
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     assert layout(hardware(), 40).workers == 12 and "2 GPUs" in str(layout(hardware(), 40))
+    lanes = layout(hardware(lanes=8, parallel=16, threads=1), 40)
+    assert (lanes.workers, lanes.lanes) == (16, 8) and str(lanes) == "2 GPUs, 2 processes, 1 thread each"
+    assert layout(hardware(lanes=8), 40).workers == 16  # as many on each GPU, however few the cores are
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    assert layout(hardware(lanes=8, parallel=16), 40).threads == 6  # of a process
 
 
 def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +223,8 @@ def test_gpus_are_counted_without_torch(tmp_path: Path, monkeypatch: pytest.Monk
 def test_settings_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["-m", "hardware.parallel=1,2"]) == 2
     assert "hardware.parallel: differs between the rows of one sweep" in capsys.readouterr().err
+    assert run.main(["-m", "hardware.lanes=1,2", "hardware.parallel=2"]) == 2
+    assert "fix: give it once: hardware.lanes=4" in capsys.readouterr().err
     assert run.main(["-m", "seed=0,1", "hardware.parallel=2", "hydra/launcher=basic"]) == 2
     assert "both say how rows are started" in capsys.readouterr().err
 
@@ -225,7 +232,7 @@ def test_settings_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str])
 def test_lines_arrive_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     script = "import sys; sys.stdout.write('one\\ntw'); sys.stdout.flush(); sys.stdin.readline(); print('o')"
     monkeypatch.setattr(sweep_process, "COMMAND", (sys.executable, "-c", script))
-    worker = sweep_process.Worker(gpu="", sharing=1)
+    (worker,) = sweep_process.start(gpu="", sharing=1)
     seen: list[str] = []
     while "one" not in seen:
         seen += worker.lines(worker.output)[0]

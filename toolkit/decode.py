@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import kernels
 from kernels.step import Late, overlapped
+from toolkit import turns
 from toolkit.trunk import Block, LanguageModel, LayerState, State
 
 _LOG = logging.getLogger("toolkit.decode")
@@ -174,7 +175,7 @@ class Decoder:
 
     def _capture(self) -> None:
         """Captures one step; a model that cannot be captured (it waits for the device) runs eagerly."""
-        side = torch.cuda.Stream(self.device)
+        side = turns.side_stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
@@ -182,7 +183,7 @@ class Decoder:
         torch.cuda.current_stream(self.device).wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with turns.capturing(graph):
                 self._step()
         except RuntimeError as error:
             reason = str(error).strip().splitlines()[0]

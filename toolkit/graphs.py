@@ -19,7 +19,7 @@ from lightning.pytorch.loggers import Logger
 from torch import Tensor, nn
 
 from data.plan import Steps as Plan
-from toolkit import estimate, progress, ranks, resident
+from toolkit import estimate, progress, ranks, resident, turns
 from toolkit.curve import Probe
 from toolkit.lit import parameter_groups, rate_factor
 from toolkit.loss import lm_loss
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("toolkit.train")
 
 _WARM_UP = 3  # steps before a capture: kernels compile and libraries choose their algorithms in them
-_AHEAD = 64  # steps that may wait on the device before the host does
+_AHEAD = 256  # steps that may wait on the device before the host does
 
 
 class Capture(RuntimeError):
@@ -160,7 +160,7 @@ class Steps:
                 self._warm_up()
                 # Some versions of torch leave the capture's stream in force where it fails.
                 now = torch.cuda.stream(torch.cuda.current_stream(self.device))
-                with now, torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                with now, turns.capturing(graph, stream):
                     self._step()
                 self._graph = graph
                 seconds = estimate.measure(self._first_step, wait=self._wait, patience=0.2)
@@ -176,7 +176,7 @@ class Steps:
         self.step()
 
     def _warm_up(self) -> None:
-        side = torch.cuda.Stream(self.device)
+        side = turns.side_stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(side):
             for _ in range(_WARM_UP):
@@ -197,7 +197,7 @@ class Steps:
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
 
     def run(
         self,
@@ -226,7 +226,8 @@ class Steps:
             marked = ends is not None and ends.due(done)
             if done % _AHEAD and not due and not marked and done != steps:
                 continue
-            self._wait()
+            with turns.waiting():
+                self._wait()
             for probe in due:
                 probe.visit(done, self.model)
             now = time.monotonic()

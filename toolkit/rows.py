@@ -64,9 +64,10 @@ def _side_by_side(request: Request, composed: Sequence[dict[str, Any]]) -> list[
     if launcher is not None:
         what = "a launcher of Hydra's and hardware.parallel both say how rows are started"
         raise fail(launcher.place, launcher.key, what, fix="take one of them out")
-    if len({cfg["hardware"]["parallel"] for cfg in composed}) > 1:
-        what = "differs between the rows of one sweep"
-        raise fail(COMMAND_LINE, "hardware.parallel", what, fix="give it once: hardware.parallel=0")
+    for key, value in (("parallel", 0), ("lanes", 4)):
+        if len({cfg["hardware"][key] for cfg in composed}) > 1:
+            what = "differs between the rows of one sweep"
+            raise fail(COMMAND_LINE, f"hardware.{key}", what, fix=f"give it once: hardware.{key}={value}")
     rows = [
         Row(i, row_name(job, request), cfg, job.recipe, job.overrides)
         for i, (job, cfg) in enumerate(zip(request.jobs, composed, strict=True), 1)

@@ -99,6 +99,7 @@ class HardwareConf:
     workers: Count = 0  # data loader processes
     threads: Count = 0  # CPU threads of torch, 0: all cores
     parallel: Count = 1  # rows of a sweep that run side by side, 0: as many as the machine has room for
+    lanes: Annotated[int, Range(1, 16)] = 1  # of those rows, how many share a process, each on a GPU stream
     graph: Annotated[str, Choices("auto", "always", "never")] = "auto"  # training steps as one CUDA graph
     meant_for: Annotated[str, Choices("any", "gpu")] = "any"  # what the scale's sizes suit; told if absent
 

@@ -44,8 +44,12 @@ def stoppable() -> Iterator[None]:
 def at_step_ends() -> Iterator[None]:
     """Inside, the first SIGTERM, SIGUSR1 or Ctrl-C is only noted, for `asked`; a second one ends at once.
 
-    Outside the main thread, and for a Ctrl-C that the process ignores, nothing is changed.
+    Outside the main thread, where `for_all_threads` listens, and for a Ctrl-C that the process ignores,
+    nothing is changed.
     """
+    if not _main_thread():
+        yield
+        return
     _asked.clear()
     heard = [*_ASK, *([signal.SIGINT] if signal.getsignal(signal.SIGINT) != signal.SIG_IGN else [])]
     try:
@@ -53,6 +57,14 @@ def at_step_ends() -> Iterator[None]:
             yield
     finally:
         _asked.clear()
+
+
+@contextmanager
+def for_all_threads() -> Iterator[None]:
+    """In the main thread, while runs train in others: as `at_step_ends`, for all of them."""
+    _asked.clear()
+    with _handled(dict.fromkeys(_ASK, _note)):
+        yield
 
 
 def asked() -> int:

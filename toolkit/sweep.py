@@ -1,4 +1,4 @@
-"""Rows of a sweep side by side: worker processes of one machine, each running one row at a time.
+"""Rows of a sweep side by side: worker processes of one machine, each running one row at a time or several.
 
 The parent imports no torch. It hands rows to workers, shows what they log with the row in front, keeps
 each row's log in its run directory, and tells how long the rest will take.
@@ -12,9 +12,10 @@ import selectors
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import IO, Any
 
-from toolkit import estimate
+from toolkit import estimate, sweep_process
 from toolkit.rundir import RunDir
 from toolkit.stopping import stoppable
 from toolkit.sweep_layout import Layout
@@ -103,7 +104,8 @@ class Sweep:
         for worker in [w for w in self._active if self._workers[w] is None]:
             self._give(worker)
         while len(self._active) < self.plan.workers and self._next() is not None:
-            self._give(self._start())
+            for worker in self._start():
+                self._give(worker)
 
     def _next(self) -> Row | None:
         """The next row whose directory no worker holds: two rows may ask for the same run."""
@@ -124,14 +126,17 @@ class Sweep:
         cfg = {**row.cfg, "hardware": hardware}
         worker.send({"cfg": cfg, "recipe": row.recipe, "argv": list(row.argv)})
 
-    def _start(self) -> Worker:
+    def _start(self) -> list[Worker]:
+        """The workers of a new process."""
         taken = [worker.gpu for worker in self._active]
         gpu = min(self.plan.gpus, key=taken.count) if self.plan.gpus else ""
-        worker = Worker(gpu=gpu, sharing=self.plan.workers)
-        self._workers[worker] = None
-        for handle in (worker.output, worker.events):
-            self._selector.register(handle, selectors.EVENT_READ, lambda: self._read(worker))
-        return worker
+        lanes = min(self.plan.lanes, self.plan.workers - len(taken))
+        made = sweep_process.start(gpu=gpu, sharing=self.plan.workers, lanes=lanes)
+        for worker in made:
+            self._workers[worker] = None
+            for handle in (worker.output, worker.events):
+                self._selector.register(handle, selectors.EVENT_READ, partial(self._read, worker))
+        return made
 
     def _read(self, worker: Worker) -> None:
         """What has arrived: an estimate stands before what the row logs after it, a result behind it all."""
@@ -176,8 +181,9 @@ class Sweep:
             self.seconds[running.row.number] = float(event["seconds"])
         else:  # what a failure leaves behind in a process, nobody knows
             self._fail(running.row, str(event["error"]))
-            self._retired.add(worker)
-            worker.close()
+            self._retired.update(worker.together)
+            for one in worker.together:
+                one.close()
         self._close(worker)
         self._said = -math.inf
 
@@ -212,6 +218,8 @@ class Sweep:
         for worker, running in self._workers.items():
             if running is not None:
                 worker.ask_to_stop()
+        for worker in self._workers:
+            worker.close()
         for worker in list(self._workers):
             self._close(worker)
             self._end(worker)

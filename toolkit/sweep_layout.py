@@ -19,31 +19,44 @@ _MEMORY = 3 << 29
 
 @dataclass(frozen=True)
 class Layout:
-    """How workers share the machine. gpus: values of CUDA_VISIBLE_DEVICES, dealt in turn; none on a CPU."""
+    """How workers share the machine.
+
+    workers: rows at a time. threads: CPU threads of a process. gpus: values of CUDA_VISIBLE_DEVICES, dealt in
+    turn; none on a CPU. lanes: workers of a process at most.
+    """
 
     workers: int
     cores: int
     threads: int
     gpus: tuple[str, ...]
+    lanes: int = 1
 
     def __str__(self) -> str:
         threads = f"{self.threads} thread{'s' * (self.threads > 1)} each"
+        if self.lanes > 1:
+            processes = -(-self.workers // self.lanes)
+            threads = f"{processes} process{'es' * (processes > 1)}, {threads}"
         if self.gpus:
             return f"{len(self.gpus)} GPU{'s' * (len(self.gpus) > 1)}, {threads}"
         return f"{self.cores} CPU cores, {threads}"
 
 
 def layout(hardware: Mapping[str, Any], rows: int) -> Layout:
-    """How many workers, and what each gets; `hardware.parallel=0` asks for as many as there is room for."""
+    """How many workers, and what each gets; `hardware.parallel=0` asks for as many as there is room for.
+
+    Where rows share a process there is room for its lanes on every GPU, however few the cores are.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = visible_gpus() if hardware["device"] != "cpu" else ()
     room = min(cores, _PER_GPU * len(gpus) if gpus else max(1, free_memory() // _MEMORY))
-    workers = max(1, min(hardware["parallel"] or room, rows))
-    threads = hardware["threads"] or max(1, cores // workers)
+    lanes = hardware["lanes"]
+    workers = max(1, min(hardware["parallel"] or max(room, lanes * len(gpus)), rows))
+    processes = -(-workers // lanes)
+    threads = hardware["threads"] or max(1, cores // processes)
     limit = os.environ.get("OMP_NUM_THREADS", "")
     if not hardware["threads"] and limit.isdigit():
         threads = max(1, min(threads, int(limit)))
-    return Layout(workers, cores, threads, gpus)
+    return Layout(workers, cores, threads, gpus, lanes)
 
 
 def visible_gpus() -> tuple[str, ...]:

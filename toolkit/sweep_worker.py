@@ -1,7 +1,7 @@
-"""A worker of `toolkit.sweep`: runs the rows that arrive on stdin, one after the other, in one process.
+"""A worker of `toolkit.sweep`: runs the rows that arrive on stdin, one after the other or in lanes.
 
-torch is imported once, for the first row. Logs go to stdout and stderr; what the parent has to know
-(estimates, results, errors) goes as JSON lines to a pipe of its own.
+torch is imported once, for the first row. Logs go to stdout and stderr, of further lanes to pipes; what the
+parent has to know (estimates, results, errors) goes as JSON lines to a pipe for each lane.
 """
 
 from __future__ import annotations
@@ -13,24 +13,35 @@ import signal
 import sys
 import traceback
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, TextIO
 
-from toolkit import register
+from toolkit import register, sweep_lanes
 from toolkit.run import configure_logging, told
 from toolkit.stopping import end_with_parent, stop
 
 
 def main(words: list[str]) -> int:
-    """words: the file descriptor for events, and how many workers share the terminal."""
+    """words: file descriptors for the events of each lane and of the outputs of the lanes but the first, with
+    commas between; in the middle, how many rows of the sweep share the machine."""
+    events, sharing, outputs = words[0].split(","), int(words[1]), words[2:3]
     end_with_parent()
-    signal.signal(signal.SIGTERM, stop)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    run = partial(_row, sharing=sharing)
+    if outputs:
+        logs = [sys.stdout, *map(_opened, outputs[0].split(","))]
+        return sweep_lanes.serve(sys.stdin, logs, [_opened(number) for number in events], run)
+    signal.signal(signal.SIGTERM, stop)
     configure_logging()
-    with os.fdopen(int(words[0]), "w", encoding="utf-8") as events:
+    with _opened(events[0]) as told_to:
         for line in sys.stdin:
-            if not _row(json.loads(line), events, sharing=int(words[1])):
+            if not run(json.loads(line), told_to):
                 return 1
     return 0
+
+
+def _opened(descriptor: str) -> TextIO:
+    return os.fdopen(int(descriptor), "w", encoding="utf-8")
 
 
 def _row(row: Mapping[str, Any], events: TextIO, *, sharing: int) -> bool:
