@@ -327,6 +327,7 @@ def main() -> int:
     logging.getLogger("toolkit").setLevel(logging.ERROR)
     if args.child:
         return child(args.child, args.cache, args.device)
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as the sweep sets it for its lanes
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():
