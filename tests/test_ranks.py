@@ -202,6 +202,26 @@ def test_a_rank_that_hangs_is_ended_when_another_fails(tmp_path: Path) -> None:
     assert codes == [1, 1] and words.read_text() == cause and f"rank 0 is ended: {cause}" in said[0]
 
 
+BUSY = """
+from toolkit import rank_group, ranks
+rank_group._EVERY = 0.0  # the thread that watches is in the store's code nearly all the time
+with ranks.joined(cuda=False):
+    ranks.barrier()
+    if ranks.rank():
+        raise OSError("no such place")
+    ranks.barrier()
+"""
+
+
+def test_processes_end_with_their_exit_code_whatever_the_watch_is_at(tmp_path: Path) -> None:
+    """Python aborts a process that ends while a thread of it comes back from C++ code."""
+    script = tmp_path / "busy.py"
+    script.write_text(BUSY)
+    codes, said = ended(by_srun(str(script)))
+    assert codes == [1, 1], said
+    assert "rank 1: OSError: no such place" in said[0]
+
+
 @pytest.fixture
 def of_two(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if this were rank 1 of 2."""

@@ -39,7 +39,10 @@ class RankFailed(ValueError):
 
 @dataclass
 class Group:
-    """One process's side. meetings: how often the ranks have met; failure: what ended the run, once known."""
+    """One process's side. meetings: how often the ranks have met; failure: what ended the run, once known.
+
+    watch: the thread that looks for a failure of other ranks.
+    """
 
     place: Place
     store: Any
@@ -47,6 +50,7 @@ class Group:
     meetings: int = 0
     failure: dict[str, Any] | None = None
     ended: threading.Event = field(default_factory=threading.Event)
+    watch: threading.Thread | None = None
 
 
 _group: Group | None = None
@@ -85,7 +89,13 @@ def joined(*, cuda: bool, last_words: Callable[[str], None] = lambda text: None)
         group.store.add(met, 1)
         wait(group, lambda: group.store.add(met, 0) == found.world)
     except BaseException as error:
-        _tell(group, error)
+        code = _code(error)
+        _tell(group, error, code)
+        _end_watch(group)
+        # What may still hang while Python ends has no one left to tell.
+        last = threading.Timer(_GRACE if code == 1 else _GRACE_STOPPED, os._exit, [code])
+        last.daemon = True
+        last.start()
         raise
     _leave(group)
     _group = None
@@ -110,14 +120,22 @@ def _meet(found: Place, cuda: bool, last_words: Callable[[str], None]) -> Group:
             "all of them, and let the nodes reach that address (MASTER_ADDR, MASTER_PORT choose another)"
         ) from error
     group = Group(found, store, last_words)
-    threading.Thread(target=_watch, args=(group, store.clone()), name="ranks", daemon=True).start()
+    group.watch = threading.Thread(target=_watch, args=(group, store.clone()), name="ranks", daemon=True)
+    group.watch.start()
     return group
+
+
+def _end_watch(group: Group) -> None:
+    """Ends the thread that watches: one that is in the store's code while Python ends aborts the process."""
+    group.ended.set()
+    if group.watch is not None:
+        group.watch.join(5.0)
 
 
 def _leave(group: Group) -> None:
     import torch.distributed as dist
 
-    group.ended.set()
+    _end_watch(group)
     dist.destroy_process_group()
     # Rank 0 may hold the store that the others are still reading.
     if group.place.rank:
@@ -153,13 +171,18 @@ def _gone() -> dict[str, Any]:
     return {"rank": 0, "doing": "", "error": "ended without a word", "code": 1}
 
 
-def _tell(group: Group, error: BaseException) -> None:
+def _code(error: BaseException) -> int:
+    """The exit code that an exception gives a process."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    given = error.code if isinstance(error, SystemExit | RankFailed) else 1
+    return given if isinstance(given, int) else 1
+
+
+def _tell(group: Group, error: BaseException, code: int) -> None:
     """Tells the others why this rank ends, unless another has ended the run, and waits until they heard."""
     if isinstance(error, RankFailed):
         return
-    code = error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1
-    if isinstance(error, KeyboardInterrupt):
-        code = 130
     mine = {"rank": group.place.rank, "doing": _doing, "error": _named(error), "code": code}
     try:
         kept = json.loads(group.store.compare_set(_FAILED, "", json.dumps(mine)))

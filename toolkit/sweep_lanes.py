@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -67,12 +68,14 @@ def serve(rows: TextIO, outputs: Sequence[TextIO], events: Sequence[TextIO], run
                 failed.set()
 
     with stopping.for_all_threads():
-        for line in rows:
-            # Daemons: a second signal does not wait for them.
-            threads.append(threading.Thread(target=train, args=[json.loads(line)], daemon=True))
-            threads[-1].start()
-        for thread in threads:
-            thread.join()
+        try:
+            for line in rows:
+                threads.append(threading.Thread(target=train, args=[json.loads(line)]))
+                threads[-1].start()
+            for thread in threads:
+                thread.join()
+        except SystemExit:  # a second signal: Python would wait for the threads
+            os._exit(stopping.STOPPED)
         if stopping.asked():
             return stopping.STOPPED
     return 1 if failed.is_set() else 0
