@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -144,12 +146,22 @@ def eval_loader(
     return _loader(examples, batches, workers=workers, multiple=multiple, pin_memory=pin_memory)
 
 
-def _heedless(worker: int) -> None:
-    """Leaves signals that go to all processes of a run to the one that trains, which needs its workers."""
+def heedless(worker: int) -> None:
+    """Leaves signals that go to all processes of a run to the one that trains, which needs its workers.
+
+    SIGTERM from that process itself ends a worker, as torch has it: Python sends one as it ends, and waits.
+    """
     for name in {"SIGINT", "SIGUSR1"} & {*dir(signal)}:
         signal.signal(getattr(signal, name), signal.SIG_IGN)
-    # A second one may come from the process that trains, as it ends a worker that does not answer.
-    signal.signal(signal.SIGTERM, lambda signum, frame: signal.signal(signum, signal.SIG_DFL) and None)
+    if hasattr(signal, "sigwaitinfo"):  # where there is none, torch's own handler stays
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_heed, args=[os.getppid()], daemon=True).start()
+
+
+def _heed(trainer: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != trainer:
+        pass
+    os._exit(0)
 
 
 def _loader(
@@ -165,6 +177,6 @@ def _loader(
         num_workers=workers,
         collate_fn=partial(collate, features=examples.features, multiple=multiple),
         generator=generator,
-        worker_init_fn=_heedless,
+        worker_init_fn=heedless,
         pin_memory=pin_memory,
     )

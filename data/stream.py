@@ -16,6 +16,7 @@ from torch.utils.data import get_worker_info
 from data.batch import collate
 from data.dataset import Examples, Sample
 from data.images import BadPicture
+from data.loader import heedless
 from data.passing import Passing
 from data.plan import divided
 from data.records import BadRecord
@@ -78,7 +79,12 @@ def stream_loader(
     generator = torch.Generator()
     generator.manual_seed(0)
     loader = wds.WebLoader(
-        pipeline, batch_size=None, num_workers=workers, generator=generator, pin_memory=pin_memory
+        pipeline,
+        batch_size=None,
+        num_workers=workers,
+        generator=generator,
+        worker_init_fn=heedless,
+        pin_memory=pin_memory,
     )
     return Limited(loader, (end_step - start_step) * number, examples)
 
