@@ -26,6 +26,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from toolkit.sweep_process import CONNECTIONS
+
 RESULTS = Path(__file__).parent / "results"
 RECURRENCES = ("rwkv4", "rwkv5", "rwkv6")
 PROCESSES = (1, 4, 8, 16)
@@ -327,7 +329,7 @@ def main() -> int:
     logging.getLogger("toolkit").setLevel(logging.ERROR)
     if args.child:
         return child(args.child, args.cache, args.device)
-    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # as the sweep sets it for its lanes
+    os.environ |= {**CONNECTIONS, **os.environ}
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -61,6 +61,11 @@ class Shape:
         return f"({self.batch}, {self.steps}, {self.width})"
 
 
+def card(device: torch.device) -> str:
+    """The name of what is measured."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 @dataclass(frozen=True)
 class Ceilings:
     """What the machine reached in this run: copy bytes a second (read + write), matrix product flop/s."""

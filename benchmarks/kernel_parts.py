@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import datetime
 import subprocess
 import sys
 import time
@@ -30,14 +31,11 @@ from benchmarks.kernel_table import Row
 from benchmarks.kernel_timing import captured, medians, one_call, peak_mib, sync
 
 
-def card(device: torch.device) -> str:
-    """The name of what is measured."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
 class Bench:
-    """What all parts share: the options, the device, and the rows so far. kept: called with all of them
-    whenever a case is done."""
+    """What all parts share: the options, the device, and the rows so far.
+
+    run: names this run in every row. kept: called whenever a case is done.
+    """
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -45,9 +43,9 @@ class Bench:
         self.backend = options.backend or ("triton" if self.device.type == "cuda" else "torch")
         self.reps = 8 if options.quick or options.tiny else 21
         self.budget_ms = 120.0 if options.quick else 350.0
-        self.card = card(self.device)
+        self.run = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
         self.rows: list[Row] = []
-        self.kept: Callable[[list[Row]], None] = lambda rows: None
+        self.kept: Callable[[], None] = lambda: None
         self.begin = time.perf_counter()
 
     def shapes(self, op: str) -> list[Shape]:
@@ -65,7 +63,7 @@ class Bench:
         print(f"[{time.perf_counter() - self.begin:6.1f}s] {text}", flush=True)
 
     def add(self, row: Row) -> None:
-        self.rows.append(row)
+        self.rows.append(row | {"run": self.run})
 
 
 def reason(error: Exception) -> str:
@@ -113,7 +111,7 @@ def measure(
     for row in rows.values():
         row["budget_mib"] = round(budget, 1)
         bench.add(row)
-    bench.kept(bench.rows)
+    bench.kept()
     bench.say(f"{shape.op} {label(shape, ends)} {mode} state={state}: " + summary(rows))
 
 
@@ -233,7 +231,7 @@ def error_part(bench: Bench, op: str) -> None:
                     continue
                 for regime, row in rows.items():
                     bench.add(fixed | {"regime": regime} | row)
-            bench.kept(bench.rows)
+            bench.kept()
             bench.say(f"{op} {dtype_name} T={length} errors: {worst(bench.rows, op, dtype_name, length)}")
 
 
@@ -252,12 +250,11 @@ def warm(bench: Bench, ops: list[str], parts: list[str]) -> None:
 
     The variants (head counts, state, types) then come from Triton's disk cache.
     """
-    tuned = Path(bench.options.out) / "fla_tuned.json"
     start_builds([int(op[-1]) for op in ops if "rwkv package" in bench.runs(op)])
     for op in ops:
         warm_variant(bench, f"{op}:{bench.shapes(op)[0].width}:bf16:plain")
     bench.say(f"peers tuned: {len(kernel_tuning.WINNERS)} kernels")
-    kernel_tuning.save(tuned, bench.card)
+    kernel_tuning.save(Path(bench.options.out), bench.device)
     widths = sorted({s.width for op in ops for s in bench.shapes(op) if op != "wkv4"})
     heads = [op for op in ops if op != "wkv4"]
     jobs = [f"{op}:{w}:bf16:{k}" for op in heads for w in widths for k in ("plain", "state")]

@@ -8,25 +8,35 @@ serves all argument types and is written down, so that a later run on the same c
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from benchmarks.kernel_inputs import card
+
 WINNERS: dict[str, dict[str, Any]] = {}
 THREADS = 12
+FILE = "fla_tuned.json"
 
 
-def load(path: Path, device: str) -> None:
-    """Reads the winners of an earlier run on such a card, if there are any."""
-    if path.exists():
-        WINNERS.update(json.loads(path.read_text()).get(device, {}))
+def load(folders: Iterable[Path], device: torch.device) -> None:
+    """Reads the winners of earlier runs on such a card, if there are any; later folders go before."""
+    for folder in folders:
+        WINNERS.update(_written(folder).get(card(device), {}))
 
 
-def save(path: Path, device: str) -> None:
+def save(folder: Path, device: torch.device) -> None:
     """Writes all winners known now; those of other cards stay."""
-    kept = json.loads(path.read_text()) if path.exists() else {}
-    kept[device] = dict(sorted(WINNERS.items()))
-    path.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+    kept = _written(folder) | {card(device): dict(sorted(WINNERS.items()))}
+    (folder / FILE).write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+
+
+def _written(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / FILE).read_text()) if (folder / FILE).exists() else {}
+    return found
 
 
 def install() -> None:

@@ -11,7 +11,6 @@ fla_tuned.json (what fla-core's tuner chose) into benchmarks/results or --out.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import shutil
 import subprocess
@@ -23,10 +22,9 @@ from pathlib import Path
 import torch
 
 from benchmarks import kernel_tuning
-from benchmarks.kernel_inputs import SHAPES, Ceilings
+from benchmarks.kernel_inputs import SHAPES, Ceilings, card
 from benchmarks.kernel_parts import (
     Bench,
-    card,
     error_part,
     packed_part,
     reason,
@@ -43,9 +41,9 @@ PARTS = ("time", "packed", "eager", "graph", "error")
 KEY = ("kind", "op", "shape", "dtype", "state", "mode", "impl", "regime", "T")
 
 
-def machine(device: torch.device, top: Ceilings, label: str) -> Row:
+def machine(device: torch.device, top: Ceilings) -> Row:
     """What the measurements depend on."""
-    row: Row = {"kind": "machine", "run": label}
+    row: Row = {"kind": "machine"}
     row["device"] = card(device)
     if device.type == "cuda" and shutil.which("nvidia-smi"):
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -123,13 +121,13 @@ def run_parts(bench: Bench, top: Ceilings) -> None:
                 parts[part](op)
             except Exception as error:
                 bench.say(f"FAILED {part} {op}: {reason(error)}")
-            bench.kept(bench.rows)
+            bench.kept()
 
 
-def save(bench: Bench, rows: list[Row]) -> None:
+def save(bench: Bench) -> None:
     """Writes what there is, so that a run that is cut off keeps its results."""
     old = read(RESULTS / "kernels.jsonl") if not bench.options.tiny else []
-    write(Path(bench.options.out), merged(old, rows))
+    write(Path(bench.options.out), merged(old, bench.rows))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -144,8 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     on_gpu = bench.device.type == "cuda"
     if on_gpu:
         if not chosen.retune:
-            for folder in (RESULTS, out):
-                kernel_tuning.load(folder / "fla_tuned.json", bench.card)
+            kernel_tuning.load((RESULTS, out), bench.device)
         kernel_tuning.install()
     if chosen.warm:
         for job in chosen.warm.split(","):
@@ -153,14 +150,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     top = ceilings(bench.device)
     bench.say(f"copy {top.bytes_per_s / 1e12:.2f} TB/s, product {top.flop_per_s / 1e12:.0f} TFLOP/s")
-    label = f"{datetime.datetime.now():%Y-%m-%d %H:%M}"
     if on_gpu and not chosen.no_warm:
         warm(bench, chosen.ops, chosen.parts)
-    bench.add(machine(bench.device, top, label))
-    bench.kept = lambda rows: save(bench, [row | {"run": label} for row in rows])
+    bench.add(machine(bench.device, top))
+    bench.kept = lambda: save(bench)
     run_parts(bench, top)
     if on_gpu:
-        kernel_tuning.save(out / "fla_tuned.json", bench.card)
+        kernel_tuning.save(out, bench.device)
     bench.say(f"written to {out}")
 
 

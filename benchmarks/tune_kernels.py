@@ -1,8 +1,7 @@
 """Times the WKV-5/6 kernels one by one for given tiles: how the table in kernels/gpu/wkv6.py was chosen.
 
     python -m benchmarks.tune_kernels                                       # the table as it stands
-    python -m benchmarks.tune_kernels --tiles 64,64,4,2,32,4 64,64,4,2,32,4,168,168 --shapes 8,2048,40
-    python -m benchmarks.tune_kernels --tiles 64,64,4,2,32,4,168,168 --programs 396     # three on a processor
+    python -m benchmarks.tune_kernels --tiles 64,64,4,2,32,4 64,64,4,3,32,4 --shapes 8,2048,40
     python -m benchmarks.tune_kernels --regime mixed --decay fp32
 
 Tiles are the fields of `kernels.gpu.wkv6.Tiles` for head size 64. Device time, medians, rotating inputs;

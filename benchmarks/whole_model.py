@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from benchmarks import kernel_tuning
+from benchmarks.kernel_inputs import card
 from benchmarks.kernel_models import HEAD, SIZES, TINY, Fla, Ours, Scanned, Trainer, allocated, sync
 from components import scans
 
@@ -214,12 +215,10 @@ def main(arguments: list[str] | None = None) -> None:
     out, device = Path(options.out), torch.device(options.device)
     sizes = TINY if options.tiny else SIZES
     if device.type == "cuda" and not options.no_fla:
-        for folder in (RESULTS, out):
-            kernel_tuning.load(folder / "fla_tuned.json", torch.cuda.get_device_name(device))
+        kernel_tuning.load((RESULTS, out), device)
         kernel_tuning.install()
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
     machine = {
-        "device": name,
+        "device": card(device),
         "torch": torch.__version__,
         "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
     }

@@ -2,8 +2,8 @@
 
     embedding(ids, weight)
 
-On a GPU torch adds up the gradient of a table with few rows by atomics (since 2.11), so that equal runs drift
-apart by rounding. Its sorted form adds in a fixed order; it is asked for here, for this one operator.
+On a GPU recent versions of torch may add up the gradient of a table with few rows by atomics, so that equal
+runs drift apart by rounding. Its sorted form adds in a fixed order; here one operator asks for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ __all__ = ["embedding"]
 
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     """weight [V, D] at ids [...] long -> [..., D]. The gradient reaches weight, once differentiable."""
-    if not ids.is_cuda or torch.compiler.is_compiling():  # CPUs add in order; compiled code has its own form
+    # CPUs add in order; traced code cannot change settings.
+    if not ids.is_cuda or torch.compiler.is_compiling():
         return F.embedding(ids, weight)
     found: Tensor = _Embedding.apply(ids, weight)
     return found

@@ -203,13 +203,17 @@ def test_a_rank_that_hangs_is_ended_when_another_fails(tmp_path: Path) -> None:
 
 
 BUSY = """
+import threading
 from toolkit import rank_group, ranks
 rank_group._EVERY = 0.0  # the thread that watches is in the store's code nearly all the time
-with ranks.joined(cuda=False):
-    ranks.barrier()
-    if ranks.rank():
-        raise OSError("no such place")
-    ranks.barrier()
+try:
+    with ranks.joined(cuda=False):
+        ranks.barrier()
+        if ranks.rank():
+            raise OSError("no such place")
+        ranks.barrier()
+finally:
+    print("threads:", *(thread.name for thread in threading.enumerate()))
 """
 
 
@@ -220,6 +224,9 @@ def test_processes_end_with_their_exit_code_whatever_the_watch_is_at(tmp_path: P
     codes, said = ended(by_srun(str(script)))
     assert codes == [1, 1], said
     assert "rank 1: OSError: no such place" in said[0]
+    for text in said:  # the abort is a matter of luck, the thread is not
+        (names,) = [line.split()[1:] for line in text.splitlines() if line.startswith("threads:")]
+        assert "MainThread" in names and "ranks" not in names
 
 
 @pytest.fixture

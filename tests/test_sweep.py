@@ -198,6 +198,7 @@ def test_how_many_rows_a_machine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert str(layout(hardware(parallel=4), 9)) == "12 CPU cores, 3 threads each"
     monkeypatch.setenv("OMP_NUM_THREADS", "2")
     assert layout(hardware(parallel=4), 9).threads == 2
+    assert layout(hardware(parallel=4, lanes=4), 9) == layout(hardware(parallel=4), 9)  # no GPU to share
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
     assert layout(hardware(), 40).workers == 8 and layout(hardware(device="cpu"), 40).workers == 5
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
@@ -225,6 +226,12 @@ def test_settings_that_cannot_be_are_refused(capsys: pytest.CaptureFixture[str])
     assert "hardware.parallel: differs between the rows of one sweep" in capsys.readouterr().err
     assert run.main(["-m", "hardware.lanes=1,2", "hardware.parallel=2"]) == 2
     assert "fix: give it once: hardware.lanes=4" in capsys.readouterr().err
+    assert run.main(["-m", "seed=0,1", "hardware.lanes=4"]) == 2
+    assert "fix: hardware.parallel=0, or hardware.lanes=1" in capsys.readouterr().err
+    assert (
+        run.main(["-m", "seed=0,1", "hardware.parallel=0", "hardware.lanes=4", "hardware.graph=never"]) == 2
+    )
+    assert "fix: hardware.graph=auto, or hardware.lanes=1" in capsys.readouterr().err
     assert run.main(["-m", "seed=0,1", "hardware.parallel=2", "hydra/launcher=basic"]) == 2
     assert "both say how rows are started" in capsys.readouterr().err
 

@@ -34,6 +34,8 @@ WORDS = [
     "hardware.threads=1",
     "hardware.device=cpu",
 ]
+# A GPU that the sweep deals out and torch does not see: lanes on the CPU.
+LANES = [*(word for word in TINY if word != "hardware.device=cpu"), "hardware.parallel=2", "hardware.lanes=2"]
 ARMS = [
     ["recurrence=rwkv4"],
     ["recurrence=rwkv6", "scan=bi"],
@@ -92,12 +94,13 @@ def test_rows_of_a_process_give_what_each_gives_alone(tmp_path: Path, steps: lis
     assert "wkv4" not in results[1]["kernels"] and results[2]["kernels"]["wkv5"] == "reference"
 
 
-def test_alone_nothing_is_handed_over() -> None:
+def test_alone_nothing_is_handed_over_or_put_back() -> None:
     torch.manual_seed(1)
     with turns.waiting():
-        drawn = torch.rand(())
+        drawn = [float(torch.rand(()))]
+    drawn.append(float(torch.rand(())))
     torch.manual_seed(1)
-    assert torch.rand(()) == drawn
+    assert drawn == [float(torch.rand(())), float(torch.rand(()))]
 
 
 def test_a_signal_is_heard_by_runs_in_other_threads() -> None:
@@ -107,7 +110,7 @@ def test_a_signal_is_heard_by_runs_in_other_threads() -> None:
         with stopping.at_step_ends():
             heard.append(stopping.asked())
 
-    with stopping.for_all_threads():
+    with stopping.at_step_ends():
         signal.raise_signal(signal.SIGTERM)
         thread = threading.Thread(target=training)
         thread.start()
@@ -117,12 +120,16 @@ def test_a_signal_is_heard_by_runs_in_other_threads() -> None:
             signal.raise_signal(signal.SIGTERM)
 
 
-def test_a_sweep_in_lanes(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -> None:  # noqa: F811
+def test_a_sweep_in_lanes(
+    elsewhere: Path,  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """A process for two rows; one that fails takes no other with it, and every log is its row's."""
     pytest.importorskip("easy_vqa", reason="easy-VQA comes with the demo extra")
-    words = [*TINY, "-m", "plugins=[trouble]", f"paths.cache={elsewhere / 'cache'}"]
-    lanes = ["hardware.parallel=2", "hardware.lanes=2", "paths.runs=lanes"]
-    assert run.main([*words, *lanes, "scan=uni,crash,2d,bi"]) == 1
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    words = ["-m", "plugins=[trouble]", f"paths.cache={elsewhere / 'cache'}"]
+    assert run.main([*words, *LANES, "paths.runs=lanes", "scan=uni,crash,2d,bi"]) == 1
     error = capsys.readouterr().err
     assert "3 of 4 rows done, 1 failed:" in error, error[-3000:]
     assert "2 at a time on" in error and "1 process" in error
@@ -131,17 +138,17 @@ def test_a_sweep_in_lanes(elsewhere: Path, capsys: pytest.CaptureFixture[str]) -
         text = log.read_text()
         assert ("accuracy" in text) == (scan != "crash") == ("Traceback" not in text), text
         assert text.count("run directory") == 1
-    assert run.main([*words, "scan=uni,2d,bi", "paths.runs=turn"]) == 0
+    assert run.main([*words, *TINY, "scan=uni,2d,bi", "paths.runs=turn"]) == 0
     assert len(found(elsewhere / "turn")) == 9 and found(elsewhere / "turn") == found(elsewhere / "lanes")
 
 
 def test_lanes_save_where_they_are_when_the_sweep_is_stopped(tmp_path: Path) -> None:
     pytest.importorskip("easy_vqa", reason="easy-VQA comes with the demo extra")
-    words = [*TINY, "-m", "scan=uni,2d", "stages.tune.steps=100000", "paths.runs=runs", "paths.cache=cache"]
+    words = [*LANES, "-m", "scan=uni,2d", "stages.tune.steps=100000", "paths.runs=runs", "paths.cache=cache"]
     sweep = subprocess.Popen(
-        [sys.executable, "-m", "toolkit.run", *words, "hardware.parallel=2", "hardware.lanes=2"],
+        [sys.executable, "-m", "toolkit.run", *words],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "0"},
         stderr=subprocess.PIPE,
         text=True,
     )

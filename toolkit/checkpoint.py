@@ -21,11 +21,6 @@ FACTS = "checkpoint.json"
 MANIFEST = "manifest.json"
 
 
-def save(folder: Path, model: VisualRWKV, *, parts: list[str], facts: dict[str, Any]) -> None:
-    """Writes `facts` and the weights of `parts`: what ever learned, so no frozen towers. See `write`."""
-    write(folder, {WEIGHTS: weights_of(model, parts)}, {"parts": parts, **facts})
-
-
 def weights_of(model: VisualRWKV, parts: Iterable[str]) -> dict[str, Tensor]:
     """Parameters and buffers of some parts by name, on the CPU."""
     wanted = set(parts)

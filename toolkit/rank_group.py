@@ -93,7 +93,7 @@ def joined(*, cuda: bool, last_words: Callable[[str], None] = lambda text: None)
         _tell(group, error, code)
         _end_watch(group)
         # What may still hang while Python ends has no one left to tell.
-        last = threading.Timer(_GRACE if code == 1 else _GRACE_STOPPED, os._exit, [code])
+        last = threading.Timer(_grace(code), os._exit, [code])
         last.daemon = True
         last.start()
         raise
@@ -160,11 +160,15 @@ def _watch(group: Group, store: Any) -> None:
                 return
             failure = _gone()
         group.failure = failure
-        if not group.ended.wait(_GRACE if failure["code"] == 1 else _GRACE_STOPPED):
+        if not group.ended.wait(_grace(failure["code"])):
             if group.place.rank == 0:
                 group.last_words(told(failure))
             log.error("rank %d is ended: %s", group.place.rank, told(failure))
             os._exit(failure["code"])
+
+
+def _grace(code: int) -> float:
+    return _GRACE if code == 1 else _GRACE_STOPPED
 
 
 def _gone() -> dict[str, Any]:

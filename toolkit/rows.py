@@ -72,9 +72,16 @@ def _side_by_side(request: Request, composed: Sequence[dict[str, Any]]) -> list[
         Row(i, row_name(job, request), cfg, job.recipe, job.overrides)
         for i, (job, cfg) in enumerate(zip(request.jobs, composed, strict=True), 1)
     ]
-    plan = sweep_layout.layout(composed[0]["hardware"], len(rows))
-    errors = Sweep(rows, plan, show=lambda line: print(line, file=sys.stderr, flush=True)).run()
+    hardware = composed[0]["hardware"]
+    plan = sweep_layout.layout(hardware, len(rows))
+    if plan.lanes < hardware["lanes"]:
+        _show(f"no GPU is used, so hardware.lanes={hardware['lanes']} counts as 1: each row has a process")
+    errors = Sweep(rows, plan, show=_show).run()
     return [(row.label, errors[row.number]) for row in rows if row.number in errors]
+
+
+def _show(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _launch(request: Request) -> Sequence[Any]:

@@ -134,6 +134,18 @@ def _batches(cfg: Config) -> Found:
             yield "hardware.micro_batch", what, (), f"hardware.micro_batch={good}"
 
 
+def _lanes(cfg: Config) -> Found:
+    hardware = cfg["hardware"]
+    if hardware["lanes"] == 1:
+        return
+    if hardware["parallel"] == 1:
+        what = f"{hardware['lanes']} rows of a process run side by side, and hardware.parallel=1 runs one"
+        yield "hardware.lanes", what, (), "hardware.parallel=0, or hardware.lanes=1"
+    if hardware["graph"] == "never":
+        what = f"{hardware['lanes']} rows of a process overlap as CUDA graphs alone, and hardware.graph=never"
+        yield "hardware.lanes", what, (), "hardware.graph=auto, or hardware.lanes=1"
+
+
 def _budget(stage: Config, head: str, micro: int) -> Found:
     if micro:
         what = f"micro batches are what {head}.tokens={stage['tokens']} holds, not {micro} samples"
@@ -168,7 +180,7 @@ def _weights(cfg: Config) -> Found:
         yield "model.vocab", what, (), "model.vocab=world"
 
 
-_RULES: tuple[Callable[[Config], Found], ...] = (_heads, _grid, _context, _stages, _batches, _weights)
+_RULES: tuple[Callable[[Config], Found], ...] = (_heads, _grid, _context, _stages, _batches, _lanes, _weights)
 
 
 def missing(cfg: Config, keys: list[str], plan: Plan) -> list[Problem]:

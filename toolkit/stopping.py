@@ -44,8 +44,8 @@ def stoppable() -> Iterator[None]:
 def at_step_ends() -> Iterator[None]:
     """Inside, the first SIGTERM, SIGUSR1 or Ctrl-C is only noted, for `asked`; a second one ends at once.
 
-    Outside the main thread, where `for_all_threads` listens, and for a Ctrl-C that the process ignores,
-    nothing is changed.
+    The main thread listens for runs in others too: outside of it nothing is changed, nor is it for a Ctrl-C
+    that the process ignores.
     """
     if not _main_thread():
         yield
@@ -57,14 +57,6 @@ def at_step_ends() -> Iterator[None]:
             yield
     finally:
         _asked.clear()
-
-
-@contextmanager
-def for_all_threads() -> Iterator[None]:
-    """In the main thread, while runs train in others: as `at_step_ends`, for all of them."""
-    _asked.clear()
-    with _handled(dict.fromkeys(_ASK, _note)):
-        yield
 
 
 def asked() -> int:

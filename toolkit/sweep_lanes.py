@@ -67,7 +67,7 @@ def serve(rows: TextIO, outputs: Sequence[TextIO], events: Sequence[TextIO], run
             if not stopping.asked() and not run(row, events[number]):
                 failed.set()
 
-    with stopping.for_all_threads():
+    with stopping.at_step_ends():
         try:
             for line in rows:
                 threads.append(threading.Thread(target=train, args=[json.loads(line)]))

@@ -44,12 +44,13 @@ class Layout:
 def layout(hardware: Mapping[str, Any], rows: int) -> Layout:
     """How many workers, and what each gets; `hardware.parallel=0` asks for as many as there is room for.
 
-    Where rows share a process there is room for its lanes on every GPU, however few the cores are.
+    Where rows share a process there is room for its lanes on every GPU, however few the cores are. Without a
+    GPU each row has a process: lanes would take turns there and nothing else.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     gpus = visible_gpus() if hardware["device"] != "cpu" else ()
     room = min(cores, _PER_GPU * len(gpus) if gpus else max(1, free_memory() // _MEMORY))
-    lanes = hardware["lanes"]
+    lanes = hardware["lanes"] if gpus else 1
     workers = max(1, min(hardware["parallel"] or max(room, lanes * len(gpus)), rows))
     processes = -(-workers // lanes)
     threads = hardware["threads"] or max(1, cores // processes)

@@ -136,10 +136,14 @@ class Worker:
         return f"killed by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
 
 
+CONNECTIONS = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
+"""With fewer, streams of a process wait for each other."""
+
+
 def environment(gpu: str) -> dict[str, str]:
     """The parent's environment and import path, and which GPU the worker sees."""
     path = [entry or os.getcwd() for entry in sys.path]
     # Waiting threads must sleep: spinning ones take the cores from the other workers.
-    made = {"GOMP_SPINCOUNT": "5000", **os.environ, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
-    made.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")  # with fewer, streams wait for each other
+    given = {"GOMP_SPINCOUNT": "5000", **CONNECTIONS, **os.environ}
+    made = {**given, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
     return {**made, "CUDA_VISIBLE_DEVICES": gpu} if gpu else made

@@ -19,8 +19,7 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "") == "1"
 
 class Tiles(NamedTuple):
     """Steps per chunk; value channels, warps and pipeline depth of a walk; key channels and warps of a
-    backward program; most registers of a walk's and of a backward program's threads, 0 for as many as they
-    want. Tuned on an H100 with `python -m benchmarks.tune_kernels`."""
+    backward program. Tuned on an H100 with `python -m benchmarks.tune_kernels`."""
 
     chunk: int
     values: int
@@ -28,8 +27,6 @@ class Tiles(NamedTuple):
     stages: int
     keys: int
     warps_back: int
-    registers: int = 0
-    registers_back: int = 0
 
 
 TILES = {
@@ -242,12 +239,8 @@ def _walk(
         r.shape[1], r.shape[2], p.per_segment, p.slots, p.segments, *_strides(r, k, x, w),
         N=n, BV=tiles.values, L=tiles.chunk, LIMIT=MILD, **go.flags,
         HAS_STATE=state is not None, CARRY=go.carried, SAVE=chunks is not None, REVERSE=reverse,
-        num_warps=tiles.warps, num_stages=tiles.stages, **_at_most(tiles.registers),
+        num_warps=tiles.warps, num_stages=tiles.stages,
     )  # fmt: skip
-
-
-def _at_most(registers: int) -> dict[str, int]:
-    return {"maxnreg": registers} if registers else {}
 
 
 def _chunk_shape(r: Tensor, cu: Tensor | None, save: bool) -> tuple[int, ...]:
@@ -294,9 +287,7 @@ def _backward(
     ragged = (cu, lengths, go.chunk_table, time, heads, p.slots)
     shape = {"N": n, "BK": tiles.keys, "L": tiles.chunk, "num_warps": tiles.warps_back, **go.flags}
     columns = heads * (n // tiles.keys)
-    backward[(columns, go.slots)](
-        *tensors, *ragged, *_strides(r, k, v, w), num_stages=1, **_at_most(tiles.registers_back), **shape
-    )
+    backward[(columns, go.slots)](*tensors, *ragged, *_strides(r, k, v, w), num_stages=1, **shape)
     backward_strong[(columns, go.slots)](
         *tensors, flags, *ragged, *_strides(r, k, v, w),
         LEVELS=tiles.chunk.bit_length() - 1, LEAF=LEAF, LIMIT=MILD, num_stages=1, **shape,
