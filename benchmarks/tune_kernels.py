@@ -3,6 +3,7 @@
     python -m benchmarks.tune_kernels                                       # the table as it stands
     python -m benchmarks.tune_kernels --tiles 64,64,4,2,32,4 64,64,4,3,32,4 --shapes 8,2048,40
     python -m benchmarks.tune_kernels --regime mixed --decay fp32
+    python -m benchmarks.tune_kernels --registers walk=168 backward=168 --programs 396  # three on each SM
 
 Tiles are the fields of `kernels.gpu.wkv6.Tiles` for head size 64. Device time, medians, rotating inputs;
 then, behind the bar, each kernel of one backward pass. Prints only: what is chosen goes into the table.
@@ -11,6 +12,7 @@ then, behind the bar, each kernel of one backward pass. Prints only: what is cho
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -40,6 +42,16 @@ def timed(call: Callable[[int], Any]) -> float:
         marks.append(pair)
     torch.cuda.synchronize()
     return median(a.elapsed_time(b) for a, b in marks)
+
+
+class Limited:
+    """A Triton kernel whose programs get so many registers a thread at most."""
+
+    def __init__(self, kernel: Any, registers: int) -> None:
+        self.kernel, self.registers = kernel, registers
+
+    def __getitem__(self, grid: Any) -> Callable[..., Any]:
+        return functools.partial(self.kernel[grid], maxnreg=self.registers)
 
 
 class Watched:
@@ -107,6 +119,14 @@ def measure(shape: list[int], regime: str, decay: str) -> str:
     return f"{whole} | {parts}"
 
 
+def registers(text: str) -> tuple[str, int]:
+    """KERNEL=N of the command line."""
+    name, _, most = text.partition("=")
+    if name not in KERNELS or not most.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is no KERNEL=N with one of {', '.join(KERNELS)}")
+    return name, int(most)
+
+
 def main() -> None:
     """Entry point."""
     from kernels.gpu import wkv6
@@ -117,12 +137,15 @@ def main() -> None:
     parser.add_argument("--regime", default="typical", choices=REGIMES)
     parser.add_argument("--decay", default="bf16", choices=("bf16", "fp32", "static"))
     parser.add_argument("--programs", type=int, default=wkv6.PROGRAMS, help="walks that run at once")
+    parser.add_argument("--registers", nargs="*", default=[], type=registers, help="KERNEL=N a thread")
     chosen = parser.parse_args()
     wkv6.PROGRAMS = chosen.programs
+    for name, most in chosen.registers:
+        setattr(wkv6, name, Limited(getattr(wkv6, name), most))
     for text in chosen.tiles:
         if text:
             wkv6.TILES[64] = wkv6.Tiles(*map(int, text.split(",")))
-        print(wkv6.TILES[64], f"programs {wkv6.PROGRAMS}", flush=True)
+        print(wkv6.TILES[64], f"programs {wkv6.PROGRAMS}", dict(chosen.registers), flush=True)
         for shape in chosen.shapes:
             try:
                 print(
