@@ -23,8 +23,24 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
-from types import UnionType
-from typing import Any, TypeVar, Union
+from typing import Any, TypeVar
+
+from toolkit.parameters import (
+    Choices,
+    Constraint,
+    FilePath,
+    Nested,
+    Parameter,
+    Range,
+    holdable,
+    split_annotation,
+)
+
+__all__ = [
+    "KINDS", "WIRED", "Choices", "Component", "Constraint", "FilePath", "Nested", "Parameter", "PluginError",
+    "Range", "bind", "components", "data", "discover", "encoder", "projector", "prompt", "recurrence", "scan",
+    "schema_of", "split_annotation",
+]  # fmt: skip
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -39,80 +55,6 @@ WIRED: dict[str, tuple[str, ...]] = {
 """Kind -> names of the positional parameters that the builder supplies."""
 
 KINDS = tuple(WIRED)
-
-
-@dataclass(frozen=True)
-class Range:
-    """Bounds of a number, both inclusive unless `open_low`: `Annotated[int, Range(1)]`."""
-
-    low: float | None = None
-    high: float | None = None
-    open_low: bool = False
-
-    def holds(self, value: float) -> bool:
-        if self.low is not None and (value <= self.low if self.open_low else value < self.low):
-            return False
-        return self.high is None or value <= self.high
-
-    def __str__(self) -> str:
-        if self.high is None:
-            return f"{'greater than' if self.open_low else 'at least'} {self.low:g}"
-        if self.low is None:
-            return f"at most {self.high:g}"
-        return f"{'above' if self.open_low else 'from'} {self.low:g} to {self.high:g}"
-
-
-@dataclass(frozen=True)
-class Choices:
-    """The values a string may take: `Annotated[str, Choices("sample", "batch")]`; same as `Literal`."""
-
-    values: tuple[str, ...]
-
-    def __init__(self, *values: str) -> None:
-        object.__setattr__(self, "values", values)
-
-    def __str__(self) -> str:
-        return "one of " + ", ".join(self.values)
-
-
-@dataclass(frozen=True)
-class FilePath:
-    """A path that must exist (empty = not given): `Annotated[str, FilePath()]`."""
-
-    folder: bool = False
-
-    def __str__(self) -> str:
-        return "an existing folder" if self.folder else "an existing file"
-
-
-@dataclass(frozen=True)
-class Nested:
-    """A list of component nodes: `Annotated[list[dict[str, Any]], Nested("encoder")]`.
-
-    Each item is {name: ..., parameters ...}; `bind` hands the factory a list of bound factories.
-    """
-
-    kind: str
-
-    def __str__(self) -> str:
-        return f"a list of {self.kind} nodes, each with a name"
-
-
-Constraint = Range | Choices | FilePath | Nested
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One recipe parameter of a component or one field of the schema."""
-
-    name: str
-    type: Any
-    default: Any
-    constraints: tuple[Constraint, ...] = ()
-
-    @property
-    def required(self) -> bool:
-        return self.default is dataclasses.MISSING
 
 
 @dataclass(frozen=True)
@@ -134,31 +76,6 @@ _TABLE: dict[str, dict[str, Component]] = {kind: {} for kind in KINDS}
 def components(kind: str) -> Mapping[str, Component]:
     """The registered components of a kind, by name."""
     return _TABLE[kind]
-
-
-def split_annotation(hint: Any) -> tuple[Any, tuple[Constraint, ...]]:
-    """A type hint -> (type that OmegaConf can hold, constraints).
-
-    `Literal["a", "b"]` becomes (str, Choices("a", "b")); `Annotated` is unwrapped.
-    """
-    constraints: tuple[Constraint, ...] = ()
-    if typing.get_origin(hint) is typing.Annotated:
-        hint, *extras = typing.get_args(hint)
-        constraints = tuple(e for e in extras if isinstance(e, Constraint))
-    if typing.get_origin(hint) is typing.Literal:
-        constraints += (Choices(*typing.get_args(hint)),)
-        hint = str
-    return hint, constraints
-
-
-def _holdable(hint: Any) -> bool:
-    """Whether OmegaConf 2.3 can hold a value of this type in a structured config."""
-    if hint in (int, float, bool, str, Path, Any, type(None)):
-        return True
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (list, dict, Union, UnionType):
-        return bool(args) and all(_holdable(a) for a in args)
-    return False
 
 
 def _recipe_parameters(kind: str, name: str, factory: Callable[..., Any]) -> dict[str, Parameter]:
@@ -187,7 +104,7 @@ def _recipe_parameters(kind: str, name: str, factory: Callable[..., Any]) -> dic
     parameters = {}
     for p in own:
         held, constraints = split_annotation(hints[p.name])
-        if not _holdable(held):
+        if not holdable(held):
             raise TypeError(f"{where}: {p.name!r} has type {p.annotation}, which a recipe cannot hold")
         default = dataclasses.MISSING if p.default is p.empty else p.default
         parameters[p.name] = Parameter(p.name, held, default, constraints)
