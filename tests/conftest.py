@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Waiting threads must sleep: spinning ones slow a busy machine several times over.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # A test that wants a hub must fail at once, everywhere alike.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A shell starts what runs in the background deaf to Ctrl-C, and so would be the runs that tests start.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import pytest
 
