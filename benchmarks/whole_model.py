@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import gc
+import importlib.util
 import json
 import statistics
 import time
@@ -211,6 +212,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", default=str(RESULTS))
     options = parser.parse_args(arguments)
+    found = importlib.util.find_spec("fla")  # fla-core alone has the kernels, but no models
+    if not options.no_fla and (found is None or importlib.util.find_spec("fla.models") is None):
+        parser.error("fla's models are not here: install flash-linear-attention, or write --no-fla")
     options.batches = [int(b) for b in options.batches.split(",")]
     out, device = Path(options.out), torch.device(options.device)
     sizes = TINY if options.tiny else SIZES

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import components.encoders.lite0_tower as lite0_file
+from components.encoders.fusion import _bilinear
 from tests.encoding import build
 from toolkit import register
 
@@ -91,6 +92,29 @@ def test_fused_interpolates_otherwise(grid: int) -> None:
     expected = F.interpolate(own, (grid, grid), mode="bilinear", align_corners=False, antialias=grid < 4)
     found = encoder((pixels, pixels)).patches[..., 6:]
     torch.testing.assert_close(found, expected.flatten(2).transpose(1, 2))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grid", [3, 8])
+def test_interpolated_maps_have_the_same_gradient_on_every_run(grid: int) -> None:
+    maps = torch.randn(16, 64, 5, 7, device="cuda", requires_grad=True)
+    upstream = torch.randn(16, 64, grid, grid, device="cuda")
+    grads = [torch.autograd.grad(_bilinear(maps, (grid, grid)), maps, upstream)[0] for _ in range(20)]
+    assert all(torch.equal(one, grads[0]) for one in grads)
+
+
+@pytest.mark.parametrize(("size", "grid"), [((4, 6), (9, 5)), ((8, 8), (3, 3))])
+def test_interpolation_is_torch_s_with_its_gradient(size: tuple[int, int], grid: tuple[int, int]) -> None:
+    maps = torch.randn(2, 3, *size, requires_grad=True)
+    wanted = F.interpolate(maps, grid, mode="bilinear", align_corners=False, antialias=size[0] > grid[0])
+    found = _bilinear(maps, grid)
+    torch.testing.assert_close(found, wanted)
+    upstream = torch.randn_like(found)
+    grads = (torch.autograd.grad(y, maps, upstream)[0] for y in (found, wanted))
+    torch.testing.assert_close(*grads)
+    with torch.autocast("cpu", torch.bfloat16):  # a resampling, no layer: in single precision
+        assert torch.equal(_bilinear(maps, grid), found)
+        assert _bilinear(maps.bfloat16(), grid).dtype == torch.bfloat16
 
 
 def test_fused_bilinear_on_demand_and_frozen_members() -> None:

@@ -265,7 +265,8 @@ def test_lightning_sees_one_device_a_process(of_two: None) -> None:
     asked = ddp.placed(torch.device("cuda", 1))
     (place,) = asked.pop("plugins")
     strategy = asked.pop("strategy")
-    assert asked == {"accelerator": "gpu", "devices": [1], "num_nodes": 2}
+    assert isinstance(asked.pop("accelerator"), ddp.Gpu)
+    assert asked == {"devices": [1], "num_nodes": 2}
     assert (place.global_rank(), place.world_size(), place.local_rank(), place.node_rank()) == (1, 2, 0, 1)
     assert strategy._ddp_kwargs == {"find_unused_parameters": True}
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -165,3 +166,23 @@ def test_lanes_save_where_they_are_when_the_sweep_is_stopped(tmp_path: Path) -> 
     told = json.loads(status.read_text())
     assert told["state"] == "stopped"
     assert (status.parent / f"checkpoints/step-{told['step']:08d}/manifest.json").exists()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("in_lane", [False, True])
+def test_a_capture_that_fails_leaves_nothing_behind(in_lane: bool) -> None:
+    """Its reason is told, and streams, random numbers, cached memory and further captures are as ever."""
+    with turns.taken(turns.lane()) if in_lane else nullcontext():
+        before = torch.cuda.current_stream()
+        ones = torch.ones(4, device="cuda")
+        for _ in range(2):
+            with pytest.raises(RuntimeError, match="captur"), turns.capturing(torch.cuda.CUDAGraph()):
+                float(ones.sum())
+            assert torch.cuda.current_stream() == before
+            torch.rand(3, device="cuda")
+            torch.cuda.empty_cache()
+        graph = torch.cuda.CUDAGraph()
+        with turns.capturing(graph):
+            found = ones + 1
+        graph.replay()
+        assert found.tolist() == [2] * 4

@@ -1,15 +1,30 @@
-"""The ranks of a run as Lightning wants to be told of them."""
+"""The GPU and the ranks of a run as Lightning wants to be told of them."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.pytorch.accelerators import CUDAAccelerator
 from lightning.pytorch.strategies import DDPStrategy
 
 from data.cluster import Place, place
 from toolkit import ranks
+
+
+class Gpu(CUDAAccelerator):
+    """Lightning's, which lets cuBLAS keep its scratch memory where a Trainer begins and ends.
+
+    CUDA graphs have its place written down: the decoder's, and the steps of other rows in the process.
+    """
+
+    def setup(self, trainer: L.Trainer) -> None:
+        pass
+
+    def teardown(self) -> None:
+        pass
 
 
 class Launched(ClusterEnvironment):
@@ -60,8 +75,8 @@ class Launched(ClusterEnvironment):
 
 def placed(device: torch.device) -> dict[str, Any]:
     """Arguments of a Trainer: one process on `device`, or DDP over the ranks that have joined."""
-    gpu = device.type == "cuda"
-    here = {"accelerator": "gpu" if gpu else "cpu", "devices": 1 if device.index is None else [device.index]}
+    accelerator = Gpu() if device.type == "cuda" else "cpu"
+    here = {"accelerator": accelerator, "devices": 1 if device.index is None else [device.index]}
     if ranks.world() == 1:
         return here
     # A micro batch without a picture gives the projector no gradient, on this rank alone perhaps: without the

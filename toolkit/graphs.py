@@ -158,9 +158,7 @@ class Steps:
         try:
             with estimate.unchanged(self.model):
                 self._warm_up()
-                # Some versions of torch leave the capture's stream in force where it fails.
-                now = torch.cuda.stream(torch.cuda.current_stream(self.device))
-                with now, turns.capturing(graph, stream):
+                with turns.capturing(graph, stream):
                     self._step()
                 self._graph = graph
                 seconds = estimate.measure(self._first_step, wait=self._wait, patience=0.2)

@@ -58,7 +58,7 @@ def choose_kernels(hardware: HardwareConf, device: torch.device) -> None:
 def prepare(hardware: HardwareConf, seed: int) -> None:
     """Seeds every generator, sets the CPU threads and keeps freed memory in the allocator.
 
-    Convolutions of encoders that learn take their reproducible form on a GPU, as all else does there.
+    Convolutions of encoders that learn take their reproducible form on a GPU.
     """
     L.seed_everything(seed, workers=True, verbose=False)
     torch.backends.cudnn.deterministic = True

@@ -84,5 +84,23 @@ def _resample(feature_map: Tensor, grid: Grid, factor: int) -> Tensor:
     if factor:
         # Paper: the "lossless down-sampler", output channel 4c + 2dy + dx for 2 x 2 cells.
         return F.pixel_unshuffle(feature_map, factor)
-    shrinks = feature_map.shape[2] > grid[0]
-    return F.interpolate(feature_map, grid, mode="bilinear", align_corners=False, antialias=shrinks)
+    return _bilinear(feature_map, grid)
+
+
+def _bilinear(feature_map: Tensor, grid: Grid) -> Tensor:
+    """torch's own interpolation as a product for each axis: [B, D, h, w] -> [B, D, height, width].
+
+    Its backward pass adds by atomics on a GPU, so that equal runs would drift apart by rounding.
+    """
+    smooth = feature_map.shape[2] > grid[0]
+    with torch.autocast(feature_map.device.type, enabled=False):
+        x = feature_map.float()
+        rows, columns = (_weights(x, axis, n, smooth) for axis, n in zip((2, 3), grid, strict=True))
+        return (rows.T @ x @ columns).to(feature_map.dtype)
+
+
+def _weights(x: Tensor, axis: int, n: int, smooth: bool) -> Tensor:
+    """What each position along an axis gives to each of n new ones [n_old, n]."""
+    old = x.shape[axis]
+    each = torch.eye(old, device=x.device).view(1, 1, old, old)  # a row for each position
+    return F.interpolate(each, (old, n), mode="bilinear", align_corners=False, antialias=smooth)[0, 0]
