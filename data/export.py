@@ -8,7 +8,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from data.atomic import draft_of, publish
-from data.index import FEATURE_KIND
 from data.reader import ShardReader
 from data.records import dialogs_of, dump_json
 
@@ -26,7 +25,7 @@ def export(folder: Path, out: Path, *, progress: Progress | None = None) -> int:
     DamagedSample for what cannot be read, ValueError for an `out` that is not empty and for features.
     """
     reader = ShardReader(folder)
-    if any(kind == FEATURE_KIND for kind, _ in (reader.images(0) if len(reader) else [])):
+    if "features" in reader.manifest["about"]:
         raise ValueError(f"{folder} holds features, not pictures; export the folder they were made from")
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{out} is not empty; delete it or name another --out")

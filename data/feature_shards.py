@@ -7,6 +7,7 @@ and order of training are those of the pictures.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.nn.functional import avg_pool2d
 from data.batch import stack
 from data.features import FeatureTable
 from data.images import BadPicture, transformed
-from data.index import FEATURE_KIND
+from data.index import FEATURE_KIND, manifest_hash, read_manifest
 from data.reader import ShardReader
 from data.shards import Pictured
 from data.sources.convert import converted
@@ -49,8 +50,11 @@ def write_features(
 
     encode: stacked pixels -> features (pooled already if they are to be stored pooled), called without
     gradients. facts: what `about.features` says of them. draft: see data.images.decode. A folder
-    that is there already is kept. Raises DamagedSample and BadPicture for pictures that cannot be read.
+    that is there already is kept. Raises DamagedSample and BadPicture for pictures that cannot be read, and
+    ValueError for features in place of pictures and for a folder that holds something else.
     """
+    if features_of(reader) is not None:
+        raise ValueError(f"{reader.folder} holds features already; name the folder they were made from")
     about = {"source": "features", "features": dict(facts)}
 
     def records() -> Iterator[Pictured]:
@@ -60,7 +64,7 @@ def write_features(
             if progress is not None:
                 progress(numbers[-1] + 1, len(reader))
 
-    return converted(
+    made = converted(
         out,
         records,
         about,
@@ -68,6 +72,13 @@ def write_features(
         kind_of=lambda data: FEATURE_KIND,
         stands_for=reader.manifest_hash,
     )
+    found = read_manifest(made)
+    if found["about"] != json.loads(json.dumps(about)) or manifest_hash(found) != reader.manifest_hash:
+        raise ValueError(
+            f"{out} holds something else, such as features of other pictures or another encoder; delete it "
+            "or name another --out"
+        )
+    return made
 
 
 def _encoded(

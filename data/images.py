@@ -9,7 +9,7 @@ from functools import cache, partial
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -135,6 +135,9 @@ def _decoded(picture: Picture, where: str, draft: int) -> Picture:
         if draft:
             picture.draft("RGB", (draft, draft))
         picture.load()
+        if picture.mode.startswith("I"):
+            # Paper: its code cuts 16 bits of grey at 255, which leaves a white picture.
+            picture = picture.point(lambda value: value / 256)
         return picture if picture.mode == "RGB" else picture.convert("RGB")
     except Exception as error:  # the decoders raise many kinds of error on damaged bytes
         raise BadPicture(
@@ -149,6 +152,8 @@ def _open(data: bytes, where: str) -> Picture:
         )
     try:
         picture: Picture = Image.open(BytesIO(data), formats=FORMATS)
+    except UnidentifiedImageError as error:  # its words hold an address in memory, another in each run
+        raise BadPicture(f"{where}: the picture's header cannot be read") from error
     except Exception as error:  # as above
         raise BadPicture(
             f"{where}: the picture's header cannot be read: {error or type(error).__name__}"

@@ -62,6 +62,8 @@ def _grouped(shard: str, found: Iterator[Member | Damage]) -> tuple[list[Sample]
             faults.append(Fault(shard, stem, kind, item.offset, item.cause))
         elif item.name in seen:
             faults.append(Fault(shard, stem, kind, item.offset, "the name comes twice in the shard"))
+        elif kind in TEXTS and stem in samples and kind in samples[stem].texts:
+            faults.append(Fault(shard, stem, kind, item.offset, "a second text, its name in other case"))
         elif kind in TEXTS:
             samples.setdefault(stem, Sample(stem)).texts[kind] = item
         elif kind in PICTURES:
@@ -86,6 +88,12 @@ def split_name(name: str) -> tuple[str, str]:
     """(`dir/a.b`, `jpg`) of `dir/a.b.jpg`: cut at the last dot, for keys may hold dots."""
     stem, dot, kind = name.rpartition(".")
     return (stem, kind.lower()) if dot and "/" not in kind else (name, "")
+
+
+def named(name: str, key: str) -> bool:
+    """Whether a member of this name can belong to the sample of this key."""
+    stem = split_name(name)[0]
+    return stem == key or bool(re.fullmatch(r"\.\d{1,4}", stem.removeprefix(key)))
 
 
 def _place(stem: str, samples: Mapping[str, Sample]) -> tuple[str, int] | None:

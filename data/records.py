@@ -71,9 +71,14 @@ def parse_json(text: bytes | str, where: str) -> Any:
         found = _DECODER.decode(text)
     except (ValueError, RecursionError) as error:
         raise BadRecord(f"{where}: not valid JSON: {error}") from error
-    if _deeper(found, MAX_DEPTH):
-        raise BadRecord(f"{where}: the JSON is nested more than {MAX_DEPTH} levels deep")
+    check_depth(found, where)
     return found
+
+
+def check_depth(value: Any, where: str) -> None:
+    """BadRecord for JSON that `parse_json` would not read back."""
+    if _deeper(value, MAX_DEPTH):
+        raise BadRecord(f"{where}: the JSON is nested more than {MAX_DEPTH} levels deep")
 
 
 def _deeper(value: Any, levels: int) -> bool:
@@ -115,7 +120,18 @@ def _caption(text: bytes, where: str, layout: Mapping[str, Any]) -> str:
             raise BadRecord(f"{where}: the caption is no UTF-8 text: {error}") from error
     if not found.strip():
         raise BadRecord(f"{where}: the caption is empty")
+    _check_characters(found, f"{where}: the caption")
     return found.strip()
+
+
+def _check_characters(text: str, what: str) -> None:
+    """BadRecord for half a surrogate pair, which JSON can write and no tokenizer can read."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadRecord(
+            f"{what} holds half a surrogate pair at position {error.start}, which is no character"
+        ) from error
 
 
 def _refuse_constant(name: str) -> Any:
@@ -168,4 +184,5 @@ def _turn(item: Any, where: str, i: int) -> Turn:
         raise BadRecord(f"{where}: turn {i} is from {role!r}; known speakers: human, gpt")
     if not isinstance(text, str):
         raise BadRecord(f"{where}: the value of turn {i} must be text, it is {type(text).__name__}")
+    _check_characters(text, f"{where}: turn {i}")
     return Turn(_ROLES[role], text)

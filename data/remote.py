@@ -160,7 +160,8 @@ class Remote:
         for attempt in range(1, tries + 1):
             try:
                 return once()
-            except Exception as error:  # every store's package has errors of its own
+            except Exception as raised:  # every store's package has errors of its own
+                error = _cause(raised)
                 final = _final(error, self.url(name))
                 if final is not None:
                     raise final from error
@@ -176,6 +177,14 @@ class Remote:
                 )
                 sleep(wait)
         raise AssertionError("unreachable")
+
+
+def _cause(error: Exception) -> Exception:
+    """What went wrong: fsspec's HTTP calls a file missing whatever kept it from asking for its size."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    return error if getattr(cause, "status", None) in (404, 410) else cause
 
 
 def _final(error: Exception, url: str) -> RemoteError | None:

@@ -25,6 +25,10 @@ _FAULTS = (tarfile.TarError, OSError, ValueError, EOFError, zlib.error)
 class LostShard(ValueError):
     """A shard that cannot be read to its end."""
 
+    def __str__(self) -> str:
+        # webdataset adds its stream and URL to the arguments of what passes through it.
+        return str(self.args[0])
+
 
 class Left:
     """What a tolerant stream leaves out: a line in the report, and one in the log, once for each sample.

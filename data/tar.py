@@ -17,6 +17,8 @@ _MAX_NOTE = 1 << 16
 _REGULAR = (b"0", b"\0", b"7")
 _KINDS = {b"1": "a hard link", b"2": "a symbolic link", b"3": "a device", b"4": "a device", b"6": "a pipe"}
 
+_WITHOUT_DATA = (*_KINDS, b"5")
+
 
 class Member(NamedTuple):
     """A regular file in the tar; offset: of its data."""
@@ -77,7 +79,8 @@ def scan(handle: int, size: int) -> Iterator[Member | Damage]:
             if found is not None:
                 yield found
             name, length = "", -1
-        at = data + -(-own_length // BLOCK) * BLOCK
+        # A link, device or folder has no data, whatever its header says of a size.
+        at = data + (0 if kind in _WITHOUT_DATA else -(-own_length // BLOCK) * BLOCK)
         if at > size:
             return
 
@@ -114,8 +117,7 @@ def _note(handle: int, kind: bytes, data: int, size: int, name: str, length: int
     content = os.pread(handle, size, data)
     if kind == b"L":
         return content.rstrip(b"\0").decode("utf-8", "backslashreplace"), length, ""
-    for line in content.split(b"\n"):
-        key, _, value = line.partition(b" ")[2].partition(b"=")
+    for key, value in _records(content):
         if key == b"path":
             name = value.decode("utf-8", "backslashreplace")
         elif key == b"size":
@@ -123,6 +125,18 @@ def _note(handle: int, kind: bytes, data: int, size: int, name: str, length: int
                 return name, length, f"its size {value[:20]!r} is no number"
             length = int(value)
     return name, length, ""
+
+
+def _records(content: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values of a pax entry, `12 key=value\\n` each; a value may hold line ends."""
+    while content:
+        digits = content.partition(b" ")[0]
+        length = int(digits) if digits.isdigit() and len(digits) < 8 else 0
+        if not len(digits) < length <= len(content):
+            return
+        key, _, value = content[len(digits) + 1 : length].removesuffix(b"\n").partition(b"=")
+        yield key, value
+        content = content[length:]
 
 
 def _member(kind: bytes, name: str, at: int, length: int, size: int) -> Member | Damage | None:

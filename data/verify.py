@@ -15,6 +15,7 @@ from data.faults import Fault
 from data.fetched import fetched
 from data.images import BadPicture
 from data.index import FEATURE_KIND, Index, Span, parse_index, read_manifest
+from data.members import named
 from data.mirror import open_origin
 from data.records import BadRecord
 from data.remote import Origin, RemoteError
@@ -154,6 +155,8 @@ def _broken(handle: int, one: _Held, found: Member | None) -> str:
     """Why a promised member is not there as it was written, or ""."""
     if found is None:
         return "the tar has no member here: it was cut, damaged or replaced; copy the shard again"
+    if not named(found.name, one.key):
+        return f"the member is called {found.name!r}: headers were exchanged; copy the shard again"
     if found.size != one.span.size:
         return f"the member has {found.size:,} bytes, the index says {one.span.size:,}"
     crc = zlib.crc32(os.pread(handle, one.span.size, one.span.offset))

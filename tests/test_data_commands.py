@@ -102,6 +102,29 @@ def test_rejects_are_listed_with_reasons_and_exit_code_3(source, capsys):
     assert [row["id"] for row in rows] == ["several", "list"]
 
 
+def test_records_that_could_not_be_read_back_are_rejects(source, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "data.sources.from_llava.MAX_PICTURE", (source / "images" / "1.jpg").stat().st_size - 1
+    )
+    deep = {"id": "deep", "conversations": conversation("q", "a", image=False)}
+    inner = deep
+    for _ in range(40):
+        inner["x"] = inner = {}
+    half = {"id": "half \ud800", "image": "gone.jpg", "conversations": conversation("q", "a")}
+    large = {"id": "large", "image": "1.jpg", "conversations": conversation("q", "a")}
+    (source / "d.json").write_text(json.dumps([deep, half, large]))
+    assert convert(source, "shards") == 3
+    told = capsys.readouterr().out
+    assert "more than 32 levels deep" in told and "half \\ud800" in told and "bytes, at most" in told
+
+
+def test_a_folder_with_other_files_is_refused_before_the_work(source, capsys):
+    (source / "mine").mkdir()
+    (source / "mine" / "notes.txt").write_text("x")
+    assert convert(source, "mine") == 2
+    assert "is not empty; delete it or name another --out" in capsys.readouterr().err
+
+
 def test_repeated_ids_and_a_truncated_picture(source, capsys):
     records = json.loads((source / "d.json").read_text())
     records[5]["id"] = "one"

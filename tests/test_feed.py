@@ -67,6 +67,7 @@ def test_buckets_sort_by_the_texts_of_the_index(corpus, mix):
     ("mix", "message"),
     [
         (["a:0.5", "b"], r"stages.tune.mix: 'b' is no split with its share; write b:0.5"),
+        (["a:1", "a:2"], r"stages.tune.mix: a comes twice"),
         (["b:1"], r"stages.tune.mix has the splits b, and stages.tune.split=a is none of them"),
         (["a:1", "b:-1"], r"stages.tune.mix: the share of b is -1"),
     ],

@@ -218,6 +218,8 @@ def shares(name: str, stage: StageConf) -> dict[str, float]:
     found: dict[str, float] = {}
     for text in stage.mix:
         split, _, share = text.partition(":")
+        if split.strip() in found:
+            raise ValueError(f"stages.{name}.mix: {split.strip()} comes twice; write it once, with one share")
         try:
             found[split.strip()] = float(share)
         except ValueError as error:

@@ -11,9 +11,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data.content import MAX_PICTURE
 from data.images import decode, header
 from data.index import MANIFEST, read_manifest
-from data.records import IMAGE_TAG, MAX_JSON, Dialog, dialogs_of, dump_json, parse_json
+from data.records import IMAGE_TAG, MAX_JSON, Dialog, check_depth, dialogs_of, dump_json, parse_json
 from data.shards import Pictured
 from data.sources.convert import converted
 
@@ -88,6 +89,10 @@ def convert(
     about: dict[str, Any] = {"source": "llava", "converter": _CONVERTER, "json": file.name}
     about |= {"json_sha256": _digest(file), "decoded": checks.full, "repeated_ids": checks.keep_repeated_ids}
     about["shard_bytes"] = shard_bytes
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out {out} is a file; name a folder")
+    if out.exists() and any(out.iterdir()) and not (out / MANIFEST).exists():
+        raise ValueError(f"--out {out} is not empty; delete it or name another --out")
     if (out / MANIFEST).exists():
         found = read_manifest(out)["about"]
         if {k: v for k, v in found.items() if k != "rejects"} != about:
@@ -119,7 +124,9 @@ def _records(
             yield _checked(item, place, root, checks)
         except Reject as reason:
             record_id = item.get("id", "") if isinstance(item, Mapping) else ""
-            rejects.append({"id": str(record_id), "place": f"{file.name}: {place}", "reason": str(reason)})
+            # An id may be the very thing that cannot be written.
+            record_id = str(record_id).encode("utf-8", "backslashreplace").decode()
+            rejects.append({"id": record_id, "place": f"{file.name}: {place}", "reason": str(reason)})
         if progress is not None:
             progress(number, total)
     about["rejects"] = len(rejects)
@@ -169,7 +176,10 @@ def _checked(item: Any, place: str, root: Path, checks: Checks) -> Pictured:
     """The record to write; raises Reject with the first thing that is wrong."""
     try:
         dialogs = dialogs_of(item, place)
+        check_depth(item, place)
         size = len(dump_json(item))
+    except UnicodeEncodeError as error:
+        raise Reject(f"half a surrogate pair, which is no character: {error}") from error
     except ValueError as error:
         raise Reject(str(error)) from error
     if size > MAX_JSON - 1024:
@@ -229,6 +239,9 @@ def _image(root: Path, name: str) -> bytes:
         path = (root / name).resolve()
         if not path.is_relative_to(root):
             raise Reject(f"image {name!r} lies outside of the folder of pictures")
+        size = path.stat().st_size
+        if size > MAX_PICTURE:
+            raise Reject(f"image {name!r} has {size:,} bytes, at most {MAX_PICTURE:,} are read")
         return path.read_bytes()
     except (OSError, ValueError, RuntimeError) as error:
         cause = error.strerror if isinstance(error, OSError) else str(error)

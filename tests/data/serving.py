@@ -18,6 +18,7 @@ class Served:
         self.url = ""
         self.reads: list[tuple[str, str]] = []
         self.failures: list[int | str] = []
+        self.status_failures: list[int | str] = []
         self.ranges = True
         self.busy = self.most_busy = 0
         self.lock = threading.Lock()
@@ -49,7 +50,21 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self._answer(body=False)
+        # fsspec asks once more by GET, which ends the same way.
+        failure = self.state.status_failures.pop(0) if self.state.status_failures else None
+        if failure is None:
+            self._answer(body=False)
+        else:
+            self.state.failures.insert(0, failure)
+            self._fail(failure)
+
+    def _fail(self, failure: int | str) -> None:
+        if failure == "hang up":
+            self.close_connection = True
+            return
+        self.send_response(int(failure))
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def do_GET(self) -> None:
         with self.state.lock:
@@ -59,12 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.state.reads.append((self.path.strip("/"), wanted))
             failure = self.state.failures.pop(0) if self.state.failures else None
         try:
-            if failure == "hang up":
-                self.close_connection = True
-            elif failure is not None:
-                self.send_response(int(failure))
-                self.send_header("Content-Length", "0")
-                self.end_headers()
+            if failure is not None:
+                self._fail(failure)
             else:
                 self.state.together.wait(timeout=5)
                 self._answer(body=True)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from data.dataset import Examples
+from data.export import export
 from data.feature_shards import FeatureShards, features_of, pooled, stored_features, write_features
 from data.images import BadPicture, decode
 from data.loader import eval_loader
@@ -71,6 +72,27 @@ def test_written_twice_is_the_same_and_is_found_again(source, tmp_path):
     calls = []
     write_features(source, tmp_path / "a", calls.append, mean_color, facts=FACTS)
     assert not calls
+
+
+def test_a_folder_of_other_features_is_not_taken_for_these(source, tmp_path):
+    write(source, tmp_path / "f")
+    other = ShardReader(shard_folder(tmp_path / "others", 12))
+    with pytest.raises(ValueError, match="holds something else"):
+        write_features(other, tmp_path / "f", encode, mean_color, facts=FACTS)
+    with pytest.raises(ValueError, match="holds something else"):
+        write_features(source, tmp_path / "f", encode, mean_color, facts={**FACTS, "encoder": {"name": "y"}})
+    with pytest.raises(ValueError, match="holds features already"):
+        write(ShardReader(tmp_path / "f"), tmp_path / "g")
+
+
+def test_features_are_not_exported_though_the_first_record_is_a_text(tmp_path):
+    records = [
+        ({"conversations": conversation("q", "a", image=False)}, None),
+        ({"conversations": conversation("q", "a")}, picture(0)),
+    ]
+    source = ShardReader(write_shards(records, tmp_path / "s", about={}))
+    with pytest.raises(ValueError, match="holds features, not pictures"):
+        export(write(source, tmp_path / "f").folder, tmp_path / "back")
 
 
 def test_several_pictures_of_a_record(tmp_path):

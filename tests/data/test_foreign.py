@@ -14,7 +14,7 @@ from data.foreign import index_shards
 from data.index import MANIFEST
 from data.members import MAX_FAULTS, members, split_name
 from data.reader import ShardReader
-from data.tar import Damage, scan
+from data.tar import Damage, Member, scan
 from data.verify import verify
 
 from .faulty import bomb
@@ -77,6 +77,14 @@ def test_a_json_caption_is_found_without_a_txt(tmp_path):
     assert ShardReader(tmp_path).example(0).gold == "in json 0"
 
 
+def test_half_a_character_in_a_caption_is_a_fault(tmp_path):
+    files = [("0.jpg", picture(0, kind="JPEG")), ("0.json", b'{"caption": "cut \\ud83d"}')]
+    (fault,) = index_shards(
+        [tar(tmp_path / "a.tar", [*files, *img2dataset(1)])], tmp_path, text="json:caption"
+    )
+    assert (fault.key, fault.field) == ("0", "json") and "half a surrogate pair" in fault.cause
+
+
 def test_another_question_gives_another_hash(tmp_path):
     shard = tar(tmp_path / "a.tar", img2dataset(0))
     index_shards([shard], tmp_path / "x", ask="one")
@@ -134,10 +142,13 @@ BAD = {
     "nan": ([("1.jpg", picture(1)), ("1.json", llava(1, w=float("nan")))], "json", "NaN is no JSON number"),
     "deep json": ([("1.jpg", picture(1)), ("1.json", deep(100_000))], "json", "not valid JSON"),
     "rather deep json": ([("1.jpg", picture(1)), ("1.json", deep(40))], "json", "more than 32 levels deep"),
+    "half a character": ([("1.jpg", picture(1)), ("1.json", json.dumps(
+        {"conversations": conversation("q", "a \ud83d")}).encode())], "json", "half a surrogate pair"),
     "huge json": ([("1.jpg", picture(1)), ("1.json", b" " * (1 << 20) + llava(1))], "json", "to 1,048,576"),
     "no text": ([("1.jpg", picture(1))], "jpg", "a picture without a text"),
     "no picture": ([TEXT], "json", "1 <image> tags for 0 pictures"),
     "two pictures": ([("1.0.jpg", picture(1)), ("1.1.jpg", picture(2)), TEXT], "json", "1 <image> tags"),
+    "text twice": ([("1.jpg", picture(1)), TEXT, ("1.JSON", llava(2))], "json", "in other case"),
     "same name twice": ([("1.jpg", picture(1)), ("1.jpg", picture(2)), TEXT], "jpg", "comes twice"),
     "empty picture": ([("1.jpg", b""), TEXT], "jpg", "the member has 0 bytes"),
     "gif": ([("1.jpg", picture(1, kind="GIF")), TEXT], "jpg", "no JPEG, PNG or WebP picture"),
@@ -184,6 +195,33 @@ def test_links_and_devices_are_faults(tmp_path, kind, words):
         out.addfile(info, io.BytesIO(llava(0)))
     _, (fault,) = members(path)
     assert str(fault) == f"a.tar: key 0: field jpg: byte 0: {words}, no file"
+
+
+@pytest.mark.parametrize("kind", [tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE])
+def test_a_size_of_what_has_no_data_hides_no_member(tmp_path, kind):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.USTAR_FORMAT) as out:
+        info = tarfile.TarInfo("x")
+        info.type, info.size = kind, 2 * 512
+        out.addfile(info)
+        for name, data in img2dataset(0):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            out.addfile(info, io.BytesIO(data))
+    with path.open("rb") as opened:
+        found = [item.name for item in scan(opened.fileno(), path.stat().st_size) if isinstance(item, Member)]
+    assert found == [name for name, _ in img2dataset(0)]
+
+
+def test_values_of_a_pax_entry_may_hold_lines(tmp_path):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as out:
+        for name, data in img2dataset(0):
+            info = tarfile.TarInfo(name)
+            info.size, info.pax_headers = len(data), {"comment": "x\n9 path=other.jpg"}
+            out.addfile(info, io.BytesIO(data))
+    samples, faults = members(path)
+    assert [sample.key for sample in samples] == ["000000000"] and not faults
 
 
 def header(size: str | bytes, name: str = "0.jpg") -> bytes:

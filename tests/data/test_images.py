@@ -80,6 +80,12 @@ def test_other_modes_become_rgb(mode):
     assert decode(out.getvalue(), "x").mode == "RGB"
 
 
+def test_16_bits_of_grey_keep_their_shades():
+    out = BytesIO()
+    Image.frombytes("I;16", (4, 1), bytes([0, 0, 255, 0, 0, 100, 255, 255])).save(out, "PNG")
+    assert decode(out.getvalue(), "x").tobytes() == bytes([0] * 6 + [100] * 3 + [255] * 3)
+
+
 @pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "ICO"])
 def test_other_parsers_are_never_reached(kind):
     with pytest.raises(ValueError, match=r"^key 7: no JPEG, PNG or WebP picture"):

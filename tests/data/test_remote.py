@@ -188,6 +188,19 @@ def test_a_refusal_is_not_tried_again(server, tmp_path, waits, status):
     assert waits == []
 
 
+@pytest.mark.parametrize("failure", [503, "hang up"])
+def test_a_failure_while_its_size_is_asked_is_no_missing_shard(good, server, tmp_path, waits, failure):
+    reader = reader_of(server.url, tmp_path)
+    server.status_failures = [failure] * 2
+    assert reader.image_bytes(0) == ShardReader(good).image_bytes(0)
+    assert waits  # aiohttp asks once more by itself after a lost connection
+    waits.clear()
+    server.status_failures = [403]
+    with pytest.raises(DamagedSample, match=r"may not be read: .*check the credentials"):
+        reader_of(server.url, tmp_path, cache=str(tmp_path / "other")).image_bytes(0)
+    assert waits == []
+
+
 def test_a_shard_that_is_gone(server, tmp_path, waits):
     reader = reader_of(server.url, tmp_path)
     shard = reader.place(0, image=True)[0]

@@ -117,6 +117,23 @@ def test_a_member_that_nobody_indexed(folder):
     assert causes["extra", "json"] == "the member is not in the index"
 
 
+def test_headers_that_were_exchanged_are_found(folder):
+    import tarfile
+
+    with tarfile.open(folder / SHARD) as tar:
+        by_size = {}
+        one, other = next(
+            (by_size[m.size], m) for m in tar.getmembers() if by_size.setdefault(m.size, m) is not m
+        )
+    data = bytearray((folder / SHARD).read_bytes())
+    first, second = (slice(m.offset, m.offset + 512) for m in (one, other))
+    data[first], data[second] = data[second], data[first]
+    (folder / SHARD).write_bytes(data)
+    found = {f.offset: f.cause for f in verify(folder)}
+    assert {*found} == {one.offset_data, other.offset_data}
+    assert "headers were exchanged" in found[one.offset_data]
+
+
 def test_a_folder_without_manifest_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"is no shard folder: it has no manifest.json"):
         list(verify(tmp_path))
