@@ -319,6 +319,15 @@ def test_one_failing_row_hides_no_other(
     assert "seeded crash" in error and "2 of 3" in error
 
 
+def test_a_run_whose_loss_is_no_number_ends_there(tmp_path: Path, cache: Path) -> None:
+    words = ["stages.tune.lr=1e30", "stages.tune.grad_clip=0", "stages.tune.steps=40", "hardware.device=cpu"]
+    assert launch(tmp_path, cache, *words) == 1
+    folder = only(tmp_path / "runs")
+    assert "the loss is nan at step" in read(folder / "status.json")["error"]
+    losses = [row["loss"] for row in csv.DictReader((folder / "metrics.csv").open())]
+    assert losses[-1] == "nan" and "nan" not in losses[:-1] and len(losses) < 40
+
+
 def test_the_report_of_a_recipe_that_is_no_table_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert report.main(["quickstart"]) == 2
     assert "is no table" in capsys.readouterr().err

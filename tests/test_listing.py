@@ -172,3 +172,8 @@ def test_check_counts_parameters_without_data(capsys: pytest.CaptureFixture[str]
     assert run.main(["--check", "encoder=patch", "recipe=ablation/base"]) == 0
     text = capsys.readouterr().out
     assert "rwkv" in text and "tokens" in text and "learn" in text
+
+
+def test_a_check_names_the_place_of_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["--check", "encoder=patch", "encoder.image_size=65"]) == 2
+    assert capsys.readouterr().err.startswith("command line: encoder.image_size")

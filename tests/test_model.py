@@ -195,6 +195,8 @@ def test_stages_choose_what_learns_by_whole_name_components() -> None:
     assert all(n.startswith("proj.") for n in _learning(model))
     with pytest.raises(ValueError, match=r"stages\.tune\.train: no parameter begins with 'rwkv\.block'"):
         select_trainable(model, ["rwkv.block"], [], stage="tune")
+    with pytest.raises(ValueError, match=r"stages\.tune\.freeze=.* takes out all of"):
+        select_trainable(model, ["proj"], ["proj"], stage="tune")
 
 
 def test_frozen_encoder_stays_in_eval_mode_and_builds_no_graph() -> None:

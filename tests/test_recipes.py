@@ -141,6 +141,14 @@ def test_a_table_is_its_row_recipes(table: str, key: str, expected: list[str]) -
         assert config == alone
 
 
+def test_a_tables_own_axis_is_set_by_hydras_name_too() -> None:
+    words = ["recipe=ablation/scan", "seed=0"]
+    asked = [job.overrides for job in compose.understand([*words, "scan=uni,2d"]).jobs]
+    for axis in ("hydra.sweeper.params.scan=uni,2d", "hydra.sweeper.params.scan='uni,2d'"):
+        found = compose.understand([*words, axis]).jobs
+        assert [sorted(job.overrides) for job in found] == [sorted(one) for one in asked]
+
+
 def test_seeds_multiply_a_table_and_the_command_line_narrows_it() -> None:
     assert rows("recipe=ablation/scan", "seed=4,7", "scan=uni,bi", key="scan.name") == ["uni", "bi"] * 2
     assert rows("recipe=ablation/scan", "seed=4,7", "scan=uni,bi", key="seed") == [4, 4, 7, 7]

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import math
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -217,6 +218,24 @@ def test_figures_have_a_panel_per_type_and_a_line_per_arm(
         assert len(edge.collections) == (2 if seeds > 1 else 0)  # bands
 
 
+def test_published_dots_of_two_keys_are_told_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from matplotlib.figure import Figure
+
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *a, **k: drawn.append(self))
+    names = [f"{prompt}, {tokens}" for prompt in ("prefix", "suffix", "sandwich") for tokens in (-1, 4, 1)]
+    table = made(known, *names)
+    table.published = {name: {"VQA": 50.0 + k, "GQA": 40.0 + k} for k, name in enumerate(names[:-1])}
+    table.published[names[-1]] = {}
+    figure(table, tmp_path / "x.png")
+    panel = next(a for a in drawn[0].axes if a.get_title(loc="left").startswith("published"))
+    across = [dots.get_offsets()[:, 0].tolist() for dots in panel.collections[:-1]]  # type: ignore[index]
+    assert max(x for x, _ in across) < min(x for _, x in across)
+    forms = {dots.get_paths()[0].vertices.tobytes() for dots in panel.collections}
+    assert len(forms) == 3 and len(panel.texts) == 8
+    assert "▲ prefix, 1" in {text.get_text() for text in panel.texts}
+
+
 def test_labels_are_moved_apart_and_stay_inside() -> None:
     assert spaced([10, 50, 90], 5, 0, 100) == [10, 50, 90]
     assert spaced([50, 50, 50], 5, 0, 100) == [45, 50, 55]
@@ -263,6 +282,21 @@ def test_report_and_raw_rows_of_run_directories(tmp_path: Path, capsys: pytest.C
     lines = list(csv.DictReader((tmp_path / "out/ablation-scan.csv").open()))
     assert len(lines) == 9 and float(lines[-1]["edge"]) == pytest.approx(known("2d", 2, 200)["edge"])
     capsys.readouterr()
+
+
+def test_the_command_for_what_is_missing_survives_a_shell(tmp_path: Path) -> None:
+    words = [f"paths.runs='{tmp_path}/my runs'", "seed=0", "title='$HOME > x'"]
+    for row in collect("ablation/scan", words).rows:
+        (command,) = row.missing
+        compose.understand(shlex.split(command)[3:])
+        assert set(words) <= set(shlex.split(command))
+
+
+def test_no_picture_of_other_runs_stays_beside_an_empty_table(tmp_path: Path) -> None:
+    (tmp_path / "ablation-scan.png").touch()
+    words = ["seed=0", f"paths.runs={tmp_path}/none", "--out", str(tmp_path)]
+    assert report.main(["ablation/scan", *words]) == 1
+    assert not (tmp_path / "ablation-scan.png").exists()
 
 
 def test_report_at_an_earlier_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

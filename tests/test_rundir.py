@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -76,10 +77,11 @@ def test_status_gathers_facts_and_a_torn_write_leaves_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunDir(tmp_path, CFG)
+    run.note("failed", error="y")
     run.note("running", command="x")
     run.note("done")
     status = json.loads(run.status.read_text())
-    assert status["state"] == "done" and status["command"] == "x"
+    assert status["state"] == "done" and status["command"] == "x" and "error" not in status
 
     def full(*args: object) -> None:
         raise OSError("no space left on device")
@@ -90,8 +92,18 @@ def test_status_gathers_facts_and_a_torn_write_leaves_the_old_file(
     assert json.loads(run.status.read_text()) == status
 
 
+def test_a_folder_that_cannot_be_made_is_told_by_its_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (
+        pytest.raises(ValueError, match=r"paths\.runs=.*name a folder"),
+        RunDir(tmp_path / "file", CFG).lock(),
+    ):
+        pass
+
+
 def test_provenance_names_versions_and_no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET_TOKEN", "do-not-tell")
-    found = provenance(["recipe=x"])
-    assert found["command"] == "python -m toolkit.run recipe=x" and "torch" in found["versions"]
+    found = provenance(["recipe=x", "title='a b'"])
+    assert shlex.split(found["command"]) == ["python", "-m", "toolkit.run", "recipe=x", "title='a b'"]
+    assert "torch" in found["versions"]
     assert "do-not-tell" not in json.dumps(found)

@@ -112,6 +112,8 @@ for line in sys.stdin:
             time.sleep(60)
         except SystemExit as end:
             Path(f"stopped-{seed}").write_text(str(end.code))
+            time.sleep(0.5)  # as one that saves
+            print("saved", seed, flush=True)
             raise
     print(json.dumps({"event": "done", "seconds": 1.0}), file=events, flush=True)
 """
@@ -157,6 +159,8 @@ def test_stopping_stops_every_worker(tmp_path: Path, sent: signal.Signals, code:
     assert (tmp_path / "stopped-1").read_text() == (tmp_path / "stopped-2").read_text() == "75"
     assert not (tmp_path / "started-3").exists()
     assert "[seed=0] seed 0" in error
+    assert "[seed=1] saved 1" in error and "[seed=2] saved 2" in error
+    assert {log.read_text().split()[-1] for log in tmp_path.glob("runs/*-s[12]-*/log.txt")} == {"1", "2"}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent ended")

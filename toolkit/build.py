@@ -124,6 +124,9 @@ def select_trainable(model: VisualRWKV, train: list[str], freeze: list[str], *, 
         parameter.requires_grad_(on)
         if on:
             learning.add(name.split(".")[0])
+    if not learning:
+        where = f"stages.{stage}"
+        raise ValueError(f"{where}.freeze={freeze} takes out all of {where}.train={train}; shorten it")
     return sorted(learning)
 
 

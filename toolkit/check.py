@@ -26,6 +26,13 @@ def check(plan: Plan) -> list[Problem]:
         if not exists(given_.key.split("."), root, plan):
             near = tuple("~" + path for path in closest(given_.key, paths(root, plan)))
             problems.append(Problem(given_.place, given_.key, "nothing there to remove", near, "drop it"))
+        elif not (given_.key.startswith("stages.") and given_.key.count(".") == 1):
+            fix = f"leave it out for its default, or write {given_.key}=VALUE"
+            problems.append(Problem(given_.place, given_.key, "every run has it; only stages go", (), fix))
+    for given_ in plan.added:
+        if exists(given_.key.split("."), root, plan):
+            fix = f"write {given_.text.removeprefix('+')}"
+            problems.append(Problem(given_.place, given_.key, "is there already", (), fix))
     return problems
 
 

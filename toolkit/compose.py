@@ -16,7 +16,7 @@ from hydra.core.override_parser.types import IntervalSweep, ValueType
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, OmegaConfBaseException
 
 from toolkit import check, recipes, register, rules, schema
 from toolkit.explain import COMMAND_LINE, BadRecipe, closest, fail
@@ -109,6 +109,12 @@ def _check_hydra(given: Sequence[Given]) -> None:
             near = closest(g.key, _HYDRA_KEYS)
             fix = f"settings under hydra are {', '.join(_HYDRA_KEYS)}, without a plus sign"
             raise fail(g.place, g.key, "not a setting of Hydra that a run may change", matches=near, fix=fix)
+        if g.key == "hydra.mode" and str(g.override.value()).upper() not in ("RUN", "MULTIRUN"):
+            what = f"given {g.override.value()!r}, must be RUN or MULTIRUN"
+            raise fail(g.place, g.key, what, fix="hydra.mode=RUN runs one row, hydra.mode=MULTIRUN all")
+        if head == "hydra.sweeper.params" and (g.key == head or g.override.is_delete()):
+            what = f"{g.text!r} names no axis with its values"
+            raise fail(g.place, g.key, what, fix=f"{head}.scan=uni,2d, or scan=uni,2d for short")
 
 
 def _refuse_sweeps(given: Sequence[Given]) -> None:
@@ -145,7 +151,8 @@ def _table_rows(plan: Plan, hydra: Sequence[Given]) -> list[Given]:
     for g in hydra:
         if g.key.startswith("hydra.sweeper.params."):
             key = g.key.removeprefix("hydra.sweeper.params.")
-            found[key] = parse([f"{key}={g.override.value()}"], g.place)[0]
+            text = g.text.partition("=")[2] if g.override.is_sweep_override() else g.override.value()
+            found[key] = parse([f"{key}={text}"], g.place)[0]
     return list(found.values())
 
 
@@ -175,6 +182,9 @@ def _rows(given: Sequence[Given]) -> Iterator[tuple[Given, ...]]:
         if g.override.is_sweep_override():
             _enumerable(g)
             texts = list(g.override.sweep_string_iterator())
+            if not texts:
+                fix = f"list the values: {g.key}=first,second"
+                raise fail(g.place, g.key, f"{g.text!r} names no value and would run no job", fix=fix)
             twice = next((t for t in texts if texts.count(t) > 1), None)
             if twice is not None:
                 raise fail(g.place, g.key, f"{g.text!r} names {twice!r} twice", fix="name each value once")
@@ -238,7 +248,10 @@ def _translated(error: Exception, plan: Plan) -> BadRecipe:
     key = str(getattr(cause, "full_key", "") or "")
     text = next((line for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
     place = rules.where(plan, key) if key else plan.choices["recipe"].place
-    return fail(place, key, text, fix="TOOLKIT_TRACE=1 shows where this was found")
+    fix = "TOOLKIT_TRACE=1 shows where this was found"
+    if isinstance(cause, ConfigAttributeError) and key.startswith("report.published."):
+        text, fix = "no such row or benchmark", f"+{key}=VALUE adds one"
+    return fail(place, key, text, fix=fix)
 
 
 @contextmanager

@@ -33,7 +33,13 @@ log = logging.getLogger("toolkit.data")
 def cache_folder(conf: RunConf) -> Path:
     """Where converted data and features are kept."""
     chosen = conf.paths.cache or os.environ.get("TOOLKIT_CACHE") or "~/.cache/visualrwkv-toolkit"
-    return Path(chosen).expanduser()
+    folder = Path(chosen).expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"paths.cache={folder}: {error.strerror}"
+        raise ValueError(f"{what}; name a folder that can be written") from error
+    return folder
 
 
 class Corpus:

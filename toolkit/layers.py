@@ -64,6 +64,7 @@ class Plan:
     choices: dict[str, Choice]
     layers: list[Layer]
     removed: list[Given] = field(default_factory=list)
+    added: list[Given] = field(default_factory=list)  # with a plus sign
 
     def values(self, *path: str) -> Iterator[Marked]:
         """The values that the layers give under a path, weakest first."""
@@ -135,7 +136,8 @@ def resolve(given: Sequence[Given]) -> Plan:
     layers = [Layer(_suited(source, choices)) for source in sources]
     layers += [Layer(source.values) for source in chain]
     layers += [_layer(g) for g in given if g.key not in GROUPS and not g.override.is_delete()]
-    return Plan(recipe.option, choices, layers, [g for g in given if g.override.is_delete()])
+    removed = [g for g in given if g.override.is_delete()]
+    return Plan(recipe.option, choices, layers, removed, [g for g in given if g.override.is_add()])
 
 
 def _suited(scale: _Source, choices: Mapping[str, Choice]) -> Marked:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,23 +13,27 @@ from typing import Any, Union
 
 @dataclass(frozen=True)
 class Range:
-    """Bounds of a number, both inclusive unless `open_low`: `Annotated[int, Range(1)]`."""
+    """Bounds of a number, inclusive unless `open_low` or `open_high`: `Annotated[int, Range(1)]`."""
 
     low: float | None = None
     high: float | None = None
     open_low: bool = False
+    open_high: bool = False
 
     def holds(self, value: float) -> bool:
+        if isinstance(value, float) and not math.isfinite(value):  # nan is neither below nor above
+            return False
         if self.low is not None and (value <= self.low if self.open_low else value < self.low):
             return False
-        return self.high is None or value <= self.high
+        return self.high is None or value < self.high or (value == self.high and not self.open_high)
 
     def __str__(self) -> str:
         if self.high is None:
-            return f"{'greater than' if self.open_low else 'at least'} {self.low:g}"
+            return f"{'greater than' if self.open_low else 'at least'} {self.low:.12g}"
         if self.low is None:
-            return f"at most {self.high:g}"
-        return f"{'above' if self.open_low else 'from'} {self.low:g} to {self.high:g}"
+            return f"at most {self.high:.12g}"
+        to = "to below" if self.open_high else "to"
+        return f"{'above' if self.open_low else 'from'} {self.low:.12g} {to} {self.high:.12g}"
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ def write(table: Table, folder: Path) -> list[Path]:
     write_text(made[2], "".join(json.dumps(run.result) + "\n" for run in table.runs))
     if table.runs:
         made.append(figure(table, stem.with_suffix(".png")))
+    else:  # one of other runs would stand beside an empty table
+        stem.with_suffix(".png").unlink(missing_ok=True)
     return made
 
 

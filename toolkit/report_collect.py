@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ def collect(recipe: str, overrides: Sequence[str], *, step: int = 0) -> Table:
         row = rows.setdefault((name, chosen), Row(name, parts, chosen=chosen))
         result = RunDir(Path(cfg["paths"]["runs"]).expanduser(), cfg).finished()
         if result is None:
-            row.missing.append("python -m toolkit.run " + " ".join(dict.fromkeys(job.overrides)))
+            row.missing.append(shlex.join(["python", "-m", "toolkit.run", *dict.fromkeys(job.overrides)]))
         else:
             run = run_of(cfg, result)
             _refuse_twins(recipe, row, run)

@@ -20,6 +20,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#8C6D1F", "#3B3B98", "#5
 
 STYLES = ("-", "--", ":", "-.")
 
+MARKERS = (("o", "●"), ("s", "■"), ("^", "▲"), ("D", "◆"))
+"""What stands for each style where arms are dots: drawn, and before a label."""
+
 Look = tuple[str, str]
 """Colour and line style."""
 _INK, _FAINT = "#222222", "#767676"
@@ -241,16 +244,20 @@ def _dots(axes: Axes, rows: Sequence[tuple[Look, Row]], kind: str) -> None:
 
 def _paper(axes: Axes, table: Table) -> None:
     """The paper's benchmarks, a dot per arm in its colour."""
-    shown = [(looks(table)[row.name][0], row) for row in table.rows if row.name in table.published]
+    shown = [(looks(table)[row.name], row) for row in table.rows if row.name in table.published]
+    step = min(0.14, 0.8 / max(1, len(shown)))  # no dot comes nearer to the next benchmark
     _style(axes, "published (other data and size)")
     ends: list[End] = []
-    for at, (colour, row) in enumerate(shown):
+    for at, ((colour, style), row) in enumerate(shown):
         values = [table.published[row.name].get(b, math.nan) for b in table.benchmarks]
-        offset = (at - (len(shown) - 1) / 2) * 0.14
+        offset = (at - (len(shown) - 1) / 2) * step
         places = [k + offset for k in range(len(values))]
-        axes.scatter(places, values, s=24, color=colour, zorder=3, linewidth=0)
+        marker, sign = MARKERS[STYLES.index(style)]
+        axes.scatter(places, values, s=24, color=colour, marker=marker, zorder=3, linewidth=0)
         known = [v for v in values if not math.isnan(v)]
-        ends.append((known[-1], row.label, (colour, STYLES[0])))
+        if known:
+            text = f"{sign} {row.label}" if len({one for (_, one), _ in shown}) > 1 else row.label
+            ends.append((known[-1], text, (colour, STYLES[0])))
     axes.set_xticks(range(len(table.benchmarks)), table.benchmarks)
     axes.set_xlim(-0.5, len(table.benchmarks) - 0.5)
     low, high = axes.get_ylim()

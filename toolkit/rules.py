@@ -155,6 +155,29 @@ def _budget(stage: Config, head: str, micro: int) -> Found:
         yield f"{head}.bucket", what, (), f"{head}.bucket=0"
 
 
+def _report(cfg: Config) -> Found:
+    """Keys that a table is reported by, before its rows train for hours."""
+    for setting in ("rows", "best"):
+        given = str(cfg["report"][setting])
+        for key in [] if given in ("", "recipe") else [part.strip() for part in given.split(",")]:
+            value: Any = cfg
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, Mapping) else None
+            if value is None or (isinstance(value, Mapping) and "name" not in value):
+                near = tuple(closest(key, _keys(cfg)))
+                fix = f"report.{setting}={near[0] if near else 'scan'}"
+                yield f"report.{setting}", f"{key!r} is no key of a run", near, fix
+
+
+def _keys(node: Config, above: str = "") -> Iterator[str]:
+    """Dotted keys of components and of values."""
+    for key, value in node.items():
+        if not isinstance(value, Mapping) or "name" in value:
+            yield f"{above}{key}"
+        if isinstance(value, Mapping):
+            yield from _keys(value, f"{above}{key}.")
+
+
 _OWNERS = {"lm": ("recurrence", "model."), "proj": ("projector",)}
 """Section with weights -> beginnings of the settings that these weights decide."""
 
@@ -180,7 +203,16 @@ def _weights(cfg: Config) -> Found:
         yield "model.vocab", what, (), "model.vocab=world"
 
 
-_RULES: tuple[Callable[[Config], Found], ...] = (_heads, _grid, _context, _stages, _batches, _lanes, _weights)
+_RULES: tuple[Callable[[Config], Found], ...] = (
+    _heads,
+    _grid,
+    _context,
+    _stages,
+    _batches,
+    _lanes,
+    _report,
+    _weights,
+)
 
 
 def missing(cfg: Config, keys: list[str], plan: Plan) -> list[Problem]:

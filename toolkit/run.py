@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
@@ -155,7 +156,8 @@ def _check(request: Request) -> int:
         try:
             facts = check(cfg)
         except ValueError as error:
-            raise fail(job.plan.choices["recipe"].place, "", str(error)) from error
+            key = re.match(r"[\w.]*", str(error))
+            raise fail(rules.where(job.plan, key[0] if key else ""), "", str(error)) from error
         print(compose.row_name(job, request))
         print(sizes(facts))
     return 0

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -106,13 +107,19 @@ class RunDir:
     def note(self, state: str, **facts: Any) -> None:
         """Merges facts into status.json and sets its state: running, failed or done."""
         before = json.loads(self.status.read_text(encoding="utf-8")) if self.status.exists() else {}
+        before.pop("error", None)  # of a run that failed and now goes on
         write_json(self.status, {**before, "state": state, "time": time.strftime("%FT%T%z"), **facts})
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:
         """Holds the directory for this process; a second one is refused. Freed by the system on any end."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = (self.path / ".lock").open("w")
+        except OSError as error:
+            what = f"paths.runs={self.path.parent}: {error.strerror}: {error.filename}"
+            raise ValueError(f"{what}; name a folder that can be written") from error
+        with file:
             if not _try_lock(file.fileno()):
                 raise ValueError(
                     f"{self.path}: another process is working on this run; wait for it, or change the seed"
@@ -135,7 +142,7 @@ def _try_lock(fileno: int) -> bool:
 def provenance(argv: list[str]) -> dict[str, Any]:
     """What re-creating a run needs to know of code, packages and machine; never environment values."""
     return {
-        "command": " ".join(["python -m toolkit.run", *argv]),
+        "command": shlex.join(["python", "-m", "toolkit.run", *argv]),
         "commit": _git("rev-parse", "HEAD"),
         "dirty": bool(_git("status", "--porcelain")),
         "versions": versions(),

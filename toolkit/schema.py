@@ -60,8 +60,8 @@ class StageConf:
     lr_final: Annotated[float, Range(0)] = 0.0
     warmup: Count = 0  # steps of linear warm-up
     weight_decay: Annotated[float, Range(0)] = 0.0  # on matrices only
-    beta1: Annotated[float, Range(0, 1)] = 0.9
-    beta2: Annotated[float, Range(0, 1)] = 0.99
+    beta1: Annotated[float, Range(0, 1, open_high=True)] = 0.9
+    beta2: Annotated[float, Range(0, 1, open_high=True)] = 0.99
     eps: Annotated[float, Range(0, open_low=True)] = 1e-8
     grad_clip: Annotated[float, Range(0)] = 1.0  # largest gradient norm; 0: no clipping
 
@@ -97,7 +97,7 @@ class HardwareConf:
     backend: Annotated[str, Choices("auto", "triton", "torch", "reference")] = "auto"  # of the kernels
     micro_batch: Count = 0  # samples per forward pass, 0: the whole global_batch
     workers: Count = 0  # data loader processes
-    threads: Count = 0  # CPU threads of torch, 0: all cores
+    threads: Annotated[int, Range(0, 1024)] = 0  # CPU threads of torch, 0: all cores
     parallel: Count = 1  # rows of a sweep that run side by side, 0: as many as the machine has room for
     lanes: Annotated[int, Range(1, 16)] = 1  # of those rows, how many share a process, each on a GPU stream
     graph: Annotated[str, Choices("auto", "always", "never")] = "auto"  # training steps as one CUDA graph
@@ -146,7 +146,7 @@ class RunConf:
     """One run. Component kinds are groups: choose with `scan=2d`, tune with `scan.columns=false`."""
 
     title: str = ""
-    seed: Count = 0
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0  # as far as NumPy counts
     faults: Annotated[str, Choices("strict", "tolerant")] = "strict"  # damaged samples stop, or are left out
     model: ModelConf = field(default_factory=ModelConf)
     lm: PartConf = field(default_factory=PartConf)

@@ -220,8 +220,12 @@ class Sweep:
                 worker.ask_to_stop()
         for worker in self._workers:
             worker.close()
+        # What a row says while it saves and ends is its own still.
+        until = time.monotonic() + sweep_process.GRACE
+        while time.monotonic() < until and not all(worker.ended() for worker in self._workers):
+            for key, _ in self._selector.select(timeout=0.1):
+                key.data()
         for worker in list(self._workers):
-            self._close(worker)
             self._end(worker)
         self._selector.close()
 

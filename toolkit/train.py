@@ -8,7 +8,7 @@ import math
 import signal
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,13 +106,32 @@ def micro_batch(stage: StageConf, hardware: HardwareConf, *, name: str) -> int:
 
 
 def loggers(folder: Path, log: LogConf, *, step: int = 0) -> list[Logger]:
-    """metrics.csv and TensorBoard events in the run's folder, the latter without points from `step` on."""
+    """metrics.csv and TensorBoard events in the run's folder, the latter without points from `step` on.
+
+    A loss that is no number ends the run, once it stands there.
+    """
     made: list[Logger] = []
     if log.csv:
         made.append(CSVLogger(folder, name="", version="", flush_logs_every_n_steps=log.every))
     if log.tensorboard:
         made.append(TensorBoardLogger(folder, name="tensorboard", version="", purge_step=step or None))
-    return made
+    return [*made, Finite()]
+
+
+class Finite(Logger):
+    """Writes nothing: raises ValueError where a loss is no number, as no later step would mend it."""
+
+    name = version = ""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        if not math.isfinite(metrics.get("loss", 0.0)):
+            raise ValueError(
+                f"the loss is {metrics['loss']} at step {(step or 0) + 1}: training has diverged; lower lr "
+                "of the stage, or give it more warmup"
+            )
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        pass
 
 
 def fit_stage(
