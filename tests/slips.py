@@ -97,7 +97,7 @@ IN_FILES = [
         line(2),
         "stages.tune.beta2",
         "",
-        ("must be from 0 to 1",),
+        ("must be from 0 to below 1",),
         file="stages: {tune: {beta2: 1.5}}",
     ),
     Slip(

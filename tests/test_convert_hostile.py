@@ -87,6 +87,7 @@ FORGED: dict[str, tuple[Any, int, int | None, str]] = {
     "huge header": (b"{}", 0, 8 << 30, "its header claims"),
     "header over the limit": (b"{" + b" " * (33 << 20), 0, None, "its header claims"),
     "shape overflow": ({"a": tensor([1 << 40, 1 << 40], 0, 4)}, 4, None, "does not take 4 bytes"),
+    "shape overflow beside 0": ({"a": tensor([0, 1 << 70], 0, 0)}, 0, None, "sizes that no tensor has"),
     "negative": ({"a": tensor([-1, -1], 0, 4)}, 4, None, "no count"),
     "negative offset": ({"a": tensor([1], -4, 0)}, 0, None, "no count"),
     "no number": ({"a": tensor([True], 0, 4)}, 4, None, "no count"),
@@ -111,6 +112,24 @@ def test_forged_safetensors(kind: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(said)) as error:
         convert(path, tmp_path / "out")
     assert str(error.value).startswith(f"{path}: ") and not (tmp_path / "out").exists()
+
+
+def test_names_in_a_file_do_not_reach_the_terminal_raw(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], here: None
+) -> None:
+    path, name = tmp_path / "a.pth", "\x1b]0;title\x07"
+    torch.save({"emb.weight": torch.zeros(2, 2), name: 1}, path)
+    assert main([str(path), "--to", str(tmp_path / "out"), "--as-is"]) == 0
+    torch.save({"emb.weight": torch.zeros(2, 2), name: torch.zeros(2).to_sparse()}, path)
+    assert main([str(path), "--to", str(tmp_path / "other")]) == 2
+    said = "".join(capsys.readouterr())
+    assert said.count("?]0;title?") == 2 and "\x1b" not in said
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path: Path) -> None:
+    for words in (["--to", "b", "--lm-only"], ["--to-pth", "b", "--as-is"]):
+        with pytest.raises(SystemExit):
+            main([str(tmp_path / "a.pth"), *words])
 
 
 @pytest.mark.parametrize("keep", [0.02, 0.5, 0.999])

@@ -19,7 +19,7 @@ from tests.asking import QUESTIONS, answerer, picture
 from tests.helpers import component
 from toolkit import Sampling, demo
 from toolkit.contracts import Turn
-from toolkit.demo_server import Server
+from toolkit.demo_server import Server, hosts
 from toolkit.demo_state import KEPT, Desk, orders, shown
 from toolkit.session import Answerer
 from toolkit.trunk import ScanSteps
@@ -155,6 +155,11 @@ def test_other_sites_cannot_ask(page: Page) -> None:
     assert page.ask("POST", "/stop", body, **evil)[0] == 403 and page.ask("GET", "/", **evil)[0] == 403
     huge = {"X-Demo-Key": page.key, "Content-Length": str(1 << 40)}
     assert page.ask("POST", "/begin", b"", **huge)[0] == 413
+
+
+def test_names_of_this_machine() -> None:
+    assert hosts(7860) == {"127.0.0.1:7860", "localhost:7860", "[::1]:7860"}
+    assert {"127.0.0.1", "localhost:80"} < hosts(80)  # browsers leave out the port of http
 
 
 def test_an_answer_can_be_stopped_and_the_conversation_goes_on() -> None:

@@ -121,6 +121,9 @@ def test_chat_keeps_the_state_and_goes_on_from_a_file(
     assert told(capsys, *base, "state=s.st", f"prompt={QUESTIONS[2]}") == (0, f"{third}\n", "")
     told(capsys, *base, "image=1.png", f"prompt={QUESTIONS[0]}", "save=t.st")
     assert told(capsys, *base, "state=t.st", f"prompt={QUESTIONS[1]}")[1] == f"{second}\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"/new\n{QUESTIONS[1]}\n"))
+    code, out, err = told(capsys, *base, "state=t.st", "--chat")
+    assert (code, out) == (0, f"{second}\n") and "holds no picture" in err
 
 
 def test_an_image_alone_can_be_kept_where_it_comes_first(
@@ -190,6 +193,7 @@ def test_odd_line_ends_inside_texts_end_no_line(tmp_path: Path) -> None:
         ('{"prompt": 3}', "q.jsonl:2: prompt: takes text, given 3"),
         ('{"prompt": "hi", "image": "no.png"}', "q.jsonl:2: image: 'no.png' is no file in"),
         ('{"prompt": "hi", "id": "1"}', "q.jsonl:2: id: '1' is given twice"),
+        ('{"prompt": "<image> hi"}', "q.jsonl:2: prompt: holds <image>, but there is no image"),
     ],
 )
 def test_a_bad_question_is_told_with_its_line(line: str, message: str, tmp_path: Path) -> None:
@@ -233,6 +237,19 @@ def test_a_wrong_command_is_told_what_to_write(
     assert (code, out) == (2, "") and message in err
 
 
+def test_what_cannot_be_written_is_told(
+    here: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (here / "taken").mkdir()
+    (here / "q.jsonl").write_text(json.dumps({"prompt": Q}) + "\n")
+    for words in ([f"prompt={Q}", "save=taken"], ["file=q.jsonl", "out=taken"]):
+        code, _, err = told(capsys, f"run={folder}", "max_new_tokens=2", *words)
+        assert code == 1 and "taken: " in err and "written there" in err
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"{Q}\n/save taken\n{Q}\n"))  # the conversation goes on
+    code, out, err = told(capsys, f"run={folder}", "max_new_tokens=2", "--chat")
+    assert code == 0 and len(out.splitlines()) == 2 and "written there" in err
+
+
 def test_where_no_run_is_finished_the_message_says_how_to_get_one(
     tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,6 +283,34 @@ def test_a_runs_config_is_data(tmp_path: Path) -> None:
         config.write_text(text.replace(old, new))
         with pytest.raises(ValueError, match=message):
             toolkit.load(run)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        (checkpoint.FACTS, b'{"par'),
+        (checkpoint.FACTS, b"[]"),
+        (checkpoint.FACTS, b"{}"),
+        (checkpoint.WEIGHTS, b""),
+        (checkpoint.WEIGHTS, None),
+    ],
+)
+def test_a_damaged_checkpoint_is_named(name: str, content: bytes | None, tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    file = run / "checkpoints" / "last" / name
+    file.write_bytes(file.read_bytes()[:-9] if content is None else content)
+    with pytest.raises(ValueError, match=rf"{name}: no") as error:
+        toolkit.load(run)
+    assert str(file) in str(error.value)
+
+
+def test_weights_of_another_size_are_told(tmp_path: Path) -> None:
+    run = write_run(tmp_path)
+    config = OmegaConf.load(run / "config.yaml")
+    config.model.d_model *= 2
+    (run / "config.yaml").write_text(OmegaConf.to_yaml(config))
+    with pytest.raises(ValueError, match=r"model\.safetensors: does not fit this model; .* of another shape"):
+        toolkit.load(run)
 
 
 def test_plug_ins_are_imported_only_if_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

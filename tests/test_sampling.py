@@ -62,7 +62,7 @@ def test_draws_come_as_often_as_they_are_likely() -> None:
     counts = torch.bincount(drawn(probabilities, order, grid), minlength=4)
     assert counts.tolist() == [1000, 2000, 0, 5000]
     ends = torch.tensor([[0.0], [1 - 2**-53]], dtype=torch.float64)
-    assert drawn(probabilities[:2], order[:2], ends).tolist() == [3, 0]
+    assert drawn(probabilities[:2], order[:2], ends).tolist() == [0, 3]
 
 
 def test_ties_are_cut_by_the_order_of_ids() -> None:
@@ -95,6 +95,29 @@ def test_a_row_is_chosen_as_if_it_were_alone_and_by_its_seed() -> None:
     assert torch.initial_seed() == 0
 
 
+def test_numbers_are_drawn_as_an_answer_grows(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, asked = torch.randn(2, V), []
+    options = {"temperature": 1.5, "seed": 7}
+    wanted = chosen(Sampling(max_new_tokens=600, **options), logits, 600)  # type: ignore[arg-type]
+
+    def counted(seed: int, count: int) -> torch.Tensor:
+        asked.append(count)
+        return uniforms(seed, count)
+
+    monkeypatch.setattr("toolkit.sampling.uniforms", counted)
+    assert chosen(Sampling(max_new_tokens=1 << 16, **options), logits, 600) == wanted  # type: ignore[arg-type]
+    assert asked == [256, 512, 1024]
+
+
+def test_rounding_seldom_changes_what_is_drawn() -> None:
+    draw = torch.Generator().manual_seed(3)
+    logits = 0.3 * torch.randn(64, 65536, generator=draw)  # neighbours in rank differ by less than the noise
+    noisy = logits + 1e-6 * torch.randn(logits.shape, generator=draw)
+    uniform = torch.rand(64, 1, generator=draw, dtype=torch.float64)
+    ids = [drawn(*kept(x, 1.0, 0, 1.0), uniform) for x in (logits, noisy)]
+    assert int((ids[0] != ids[1]).sum()) <= 1
+
+
 def test_the_penalty_keeps_a_greedy_answer_from_repeating() -> None:
     logits = torch.tensor([[2.0, 1.9, -1.0, -1.5]])
     assert chosen(Sampling(repetition_penalty=1.2), logits, 4) == [[0, 1, 0, 0]]
@@ -112,6 +135,7 @@ def test_the_penalty_keeps_a_greedy_answer_from_repeating() -> None:
         ({"top_k": -1}, "top_k=-1: must be a whole number, at least 0"),
         ({"top_k": 1.5}, "top_k=1.5: must be a whole number"),
         ({"repetition_penalty": 0}, "repetition_penalty=0"),
+        ({"repetition_penalty": 1e-40}, "repetition_penalty=1e-40: must be a number, from 0.01 to 100"),
         (
             {"max_new_tokens": 0},
             "must be a whole number, at least 1; write max_new_tokens=256",

@@ -200,7 +200,10 @@ def test_another_models_state_is_refused(tmp_path: Path) -> None:
         "{",
         "[" * 100_000,
         "[]",
-        *(json.dumps(notes | c) for c in ({"turns": [["x", "y"]]}, {"turns": 3}, {"unread": ["x"]})),
+        *(
+            json.dumps(notes | c)
+            for c in ({"turns": [["x", "y"]]}, {"turns": [["x"]]}, {"turns": 3}, {"unread": ["x"]})
+        ),
     ):
         save_file({"a": torch.zeros(1)}, file, metadata={"format": FORMAT, "facts": facts})
         with pytest.raises(ValueError, match=r"s\.safetensors: no saved state can be read from it"):
@@ -213,6 +216,15 @@ def test_another_models_state_is_refused(tmp_path: Path) -> None:
         model.resume(file)
     with pytest.raises(ValueError, match=r"nothere: no saved state can be read"):
         model.resume(tmp_path / "nothere")
+
+
+def test_another_projector_makes_another_model() -> None:
+    a, b = answerer(), answerer()
+    assert a.vision is not None and a.weights_id == b.weights_id
+    b = answerer()
+    with torch.no_grad():
+        next(iter(b.vision.proj.parameters())).add_(1)  # type: ignore[union-attr]
+    assert a.weights_id != b.weights_id
 
 
 def test_an_answer_ended_early_is_part_of_the_conversation() -> None:
@@ -257,7 +269,8 @@ def test_logits_of_text_alone() -> None:
     with torch.no_grad():
         wanted = model.rwkv.head(model.rwkv(model.rwkv.emb(ids))[0])
     torch.testing.assert_close(model.logits(ids), wanted)
-    for bad in (ids[0], ids.float(), ids + TOKENIZER.size, -ids - 1, ids[:, :0]):
+    torch.testing.assert_close(model.logits(ids.to(torch.uint8)), wanted)
+    for bad in (ids[0], ids.float(), ids > 0, ids + TOKENIZER.size, -ids - 1, ids[:, :0]):
         with pytest.raises(ValueError, match=r"^ids "):
             model.logits(bad)
 

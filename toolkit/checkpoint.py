@@ -79,20 +79,40 @@ def fault(folder: Path) -> str:
 
 def load(folder: Path, model: VisualRWKV) -> dict[str, Any]:
     """Loads the weights of a checkpoint strictly into the parts it holds; returns its facts."""
-    facts = facts_of(folder)
-    weights = load_file(folder / WEIGHTS)
-    wanted = {n for n in model.state_dict() if n.split(".")[0] in facts["parts"]}
-    missing, surplus = sorted(wanted - weights.keys()), sorted(weights.keys() - wanted)
-    if missing or surplus:
+    facts, parts = facts_of(folder), parts_of(folder)
+    try:
+        weights = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{folder / WEIGHTS}: no whole weights can be read from it: {error}") from error
+    wanted = {n: t.shape for n, t in model.state_dict().items() if n.split(".")[0] in parts}
+    missing, surplus = sorted(wanted.keys() - weights.keys()), sorted(weights.keys() - wanted.keys())
+    other = [
+        f"{n} {list(weights[n].shape)} for {list(shape)}"
+        for n, shape in wanted.items()
+        if n in weights and weights[n].shape != shape
+    ]
+    if missing or surplus or other:
         raise ValueError(
             f"{folder / WEIGHTS}: does not fit this model; missing {missing[:3]}, "
-            f"not in the model {surplus[:3]}"
+            f"not in the model {surplus[:3]}, of another shape {other[:3]}"
         )
     model.load_state_dict(weights, strict=False)
     return facts
 
 
 def facts_of(folder: Path) -> dict[str, Any]:
-    """What a checkpoint tells beside its tensors."""
-    found: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    """What a checkpoint tells beside its tensors. Raises ValueError naming the file if it tells nothing."""
+    try:
+        found: dict[str, Any] = json.loads((folder / FACTS).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{folder / FACTS}: not what a checkpoint holds: {error}") from error
     return found
+
+
+def parts_of(folder: Path) -> list[str]:
+    """The parts whose weights a checkpoint holds. Raises ValueError naming the file if it tells none."""
+    facts: Any = facts_of(folder)
+    parts = facts.get("parts") if isinstance(facts, dict) else None
+    if not isinstance(parts, list):
+        raise ValueError(f"{folder / FACTS}: not what a checkpoint holds: it lists no parts")
+    return parts

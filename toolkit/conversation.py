@@ -27,7 +27,8 @@ class Conversation:
     """Turns about one image, or about none. The state holds all of them: asking again costs the new text.
 
     state: after everything read, None before the first turn. unread: ids written since. looked: whether
-    the image was read without a question. written: tokens of the last answer, counted as they come.
+    the image was read without a question. resumed: whether it comes from a file, which holds no image.
+    written: tokens of the last answer, counted as they come.
     """
 
     def __init__(self, model: Answerer, image: Picture | None = None) -> None:
@@ -36,6 +37,7 @@ class Conversation:
         self.state: State | None = None
         self.unread: list[int] = []
         self.looked = False
+        self.resumed = False
         self.written = 0
         self._writing: Generator[str, None, None] | None = None
 
@@ -44,6 +46,7 @@ class Conversation:
         other = Conversation(self.model, self.image)
         other.turns, other.unread = list(self.turns), list(self.unread)
         other.state, other.looked = self.state, self.looked  # a state is never changed in place
+        other.resumed = self.resumed
         return other
 
     def save(self, path: str | Path) -> None:

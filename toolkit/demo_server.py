@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import secrets
+import socket
 from collections.abc import Callable
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -26,6 +27,8 @@ KEY = "X-Demo-Key"
 MAX_IMAGE = 32 << 20
 MAX_JSON = 1 << 20
 LOCAL = ("127.0.0.1", "localhost", "::1")
+HTTP_PORT = 80
+"""The port that browsers leave out of the name they ask."""
 
 
 class Server(ThreadingHTTPServer):
@@ -35,15 +38,26 @@ class Server(ThreadingHTTPServer):
     desk: Desk
 
     def __init__(self, desk: Desk, host: str, port: int) -> None:
+        self.address_family = socket.AF_INET6 if ":" in host else socket.AF_INET
         super().__init__((host, port), Handler)
         self.desk, self.key = desk, secrets.token_urlsafe(18)
         self.port = int(self.server_address[1])
-        self.url = f"http://{host}:{self.port}/"
-        self.hosts = {f"{name}:{self.port}" for name in LOCAL} if host in LOCAL else None
+        self.url = f"http://{_named(host)}:{self.port}/"
+        self.hosts = hosts(self.port) if host in LOCAL else None
 
     def page(self) -> bytes:
         """The page with its key."""
         return PAGE.read_text(encoding="utf-8").replace("{{KEY}}", self.key).encode()
+
+
+def hosts(port: int) -> set[str]:
+    """What browsers on this machine call a server on that port."""
+    names = {_named(name) for name in LOCAL}
+    return {f"{name}:{port}" for name in names} | (names if port == HTTP_PORT else set())
+
+
+def _named(host: str) -> str:
+    return f"[{host}]" if ":" in host else host
 
 
 class Refused(ValueError):

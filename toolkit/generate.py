@@ -208,6 +208,8 @@ def converse(conversation: Conversation, options: Sampling, ask: Callable[[], st
 def _turn(conversation: Conversation, line: str, options: Sampling) -> Conversation:
     command, _, rest = line.partition(" ")
     if command == "/new":
+        if conversation.resumed and conversation.model.vision is not None:
+            raise ValueError("a saved state holds no picture to begin anew with; start with image=FILE")
         return conversation.model.chat(conversation.image)
     if command == "/save":
         conversation.save(rest or "state.safetensors")

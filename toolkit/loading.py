@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -91,7 +90,7 @@ def _run(folder: Path, device: torch.device, precision: str, plugins: Sequence[s
     weights = folder / WEIGHTS
     if not (weights / checkpoint.FACTS).exists():
         raise ValueError(f"{folder}: holds no {WEIGHTS}, its training has not ended; run it again to go on")
-    learned = json.loads((weights / checkpoint.FACTS).read_text(encoding="utf-8"))["parts"]
+    learned = checkpoint.parts_of(weights)
     try:
         conf = _without_start(from_dict(cfg), learned)
     except KeyError as error:

@@ -23,7 +23,7 @@ FORMAT = "visualrwkv-state-1"
 
 
 def save_conversation(conversation: Conversation, path: Path) -> None:
-    """Writes the file whole or not at all. Raises ValueError for a conversation that has read nothing."""
+    """Writes the file whole or not at all. ValueError if that cannot be, or the conversation read nothing."""
     if conversation.state is None:
         raise ValueError(f"{path}: the conversation has read nothing yet; ask a question first")
     facts = {
@@ -34,11 +34,17 @@ def save_conversation(conversation: Conversation, path: Path) -> None:
         "looked": conversation.looked,
     }
     kept = {name: t.detach().cpu().clone() for name, t in _named(conversation.state).items()}
-    path = path.expanduser()
+    try:
+        _write(path.expanduser(), kept, {"format": FORMAT, "facts": json.dumps(facts)})
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: the state cannot be written there: {error}") from error
+
+
+def _write(path: Path, tensors: dict[str, Tensor], notes: dict[str, str]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(kept, draft, metadata={"format": FORMAT, "facts": json.dumps(facts)})
+        save_file(tensors, draft, metadata=notes)
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
@@ -57,13 +63,13 @@ def load_conversation(model: Answerer, path: Path) -> Conversation:
             _check_owner(model, facts, path)
             kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         made = Conversation(model)
-        made.turns = [_turn(role, text) for role, text in facts["turns"]]
+        made.turns = [_turn(*turn) for turn in facts["turns"]]
         made.unread, made.looked = _ids(facts["unread"]), bool(facts["looked"])
     except (OSError, SafetensorError, json.JSONDecodeError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: no saved state can be read from it: {error}") from error
     if not all(0 <= i < model.rwkv.emb.num_embeddings for i in made.unread):
         raise ValueError(f"{path}: holds ids that {model.name} does not have; save it again")
-    made.state = _fitted(model, kept, path)
+    made.state, made.resumed = _fitted(model, kept, path), True
     return made
 
 

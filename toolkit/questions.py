@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from data.records import IMAGE_TAG
 from toolkit.explain import closest, fail
 
 if TYPE_CHECKING:
@@ -66,6 +67,9 @@ def _question(text: str, place: str, folder: Path, number: str) -> Question:
     prompt, image = row.get("prompt"), row.get("image") or ""
     if not isinstance(prompt, str) or not prompt.strip():
         raise fail(place, "prompt", "not given" if prompt is None else f"takes text, given {prompt!r}")
+    if IMAGE_TAG in prompt and not image:
+        fix = f'add "image": "FILE", or take {IMAGE_TAG} out'
+        raise fail(place, "prompt", f"holds {IMAGE_TAG}, but there is no image", fix=fix)
     if image and not (folder / str(image)).is_file():
         raise fail(place, "image", f"{str(image)!r} is no file in {folder}")
     return Question(str(row.get("id", number)), prompt, str(folder / str(image)) if image else "")
@@ -80,8 +84,11 @@ def answer_file(
     that are there are kept. Raises ValueError if they answer other questions, or with other settings.
     """
     by = _signature(model, options)
-    done = 0 if out is None else resumed(out, questions, by)
-    file = None if out is None else out.expanduser().open("a", encoding="utf-8")
+    try:
+        done = 0 if out is None else resumed(out, questions, by)
+        file = None if out is None else out.expanduser().open("a", encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"out={out}: answers cannot be written there: {error}") from error
     try:
         for start in range(done, len(questions), batch):
             some = questions[start : start + batch]

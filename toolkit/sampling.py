@@ -17,6 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+_DRAWS = 256
+"""Numbers that are drawn at first for an answer."""
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How an answer is written. The default takes the most likely token each time (greedy).
@@ -32,7 +36,7 @@ class Sampling:
     temperature: Annotated[float, Range(0, 100)] = 0.0
     top_p: Annotated[float, Range(0, 1, open_low=True)] = 1.0
     top_k: Annotated[int, Range(0)] = 0
-    repetition_penalty: Annotated[float, Range(0, 100, open_low=True)] = 1.0
+    repetition_penalty: Annotated[float, Range(0.01, 100)] = 1.0
     seed: Annotated[int, Range(0, 2**63 - 1)] = 0
 
     def __post_init__(self) -> None:
@@ -81,8 +85,10 @@ class Picker:
         if options.greedy:
             token = logits.argmax(dim=-1)
         else:
-            if self._draws is None:
-                self._draws = uniforms(options.seed, options.max_new_tokens).to(logits.device)
+            if self._draws is None or self._count == len(self._draws):
+                # By what was written so far: the largest length may be far from what an answer needs.
+                count = min(options.max_new_tokens, max(_DRAWS, 2 * self._count))
+                self._draws = uniforms(options.seed, count).to(logits.device)
             probabilities, order = kept(logits, options.temperature, options.top_k, options.top_p)
             token = drawn(probabilities, order, self._draws[self._count])
         if self._seen is not None:
@@ -124,8 +130,12 @@ def kept(logits: Tensor, temperature: float, top_k: int, top_p: float) -> tuple[
 
 
 def drawn(probabilities: Tensor, order: Tensor, uniform: Tensor) -> Tensor:
-    """The id [B] at which the sum of probabilities [B, V] passes `uniform` ([] or [B, 1]) of their total."""
-    sums = probabilities.cumsum(dim=-1)
-    passed = (sums <= uniform * sums[:, -1:]).sum(dim=-1, keepdim=True)  # [B, 1]
-    last = (probabilities > 0).sum(dim=-1, keepdim=True) - 1  # rounding must not pass the last one kept
-    return order.gather(1, passed.minimum(last)).squeeze(1)
+    """The id [B] at which the sum of probabilities [B, V] passes `uniform` ([] or [B, 1]) of their total.
+
+    Summed by id: by rank, the rounding of another batch size would swap neighbours and change what is drawn.
+    """
+    sums = probabilities.new_zeros(probabilities.shape).scatter_(1, order, probabilities).cumsum(dim=-1)
+    total = sums[:, -1:]
+    passed = (sums <= uniform * total).sum(dim=-1, keepdim=True)  # [B, 1]
+    last = (sums < total).sum(dim=-1, keepdim=True)  # rounding must not pass the last one kept
+    return passed.minimum(last).squeeze(1)

@@ -34,6 +34,8 @@ log = logging.getLogger("toolkit.generate")
 Picture = str | Path | bytes | Image
 """A picture to ask about: a path, the bytes of a JPEG, PNG or WebP file, or a PIL image."""
 
+WHOLE = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 Asked = tuple[Picture | None, str]
 
 
@@ -98,13 +100,14 @@ class Answerer:
     def logits(self, ids: Tensor) -> Tensor:
         """Text alone: ids [B, T] -> logits [B, T, V]. Raises ValueError for another shape or unknown ids."""
         rows = self.rwkv.emb.num_embeddings
-        if ids.ndim != 2 or 0 in ids.shape or ids.is_floating_point():
+        if ids.ndim != 2 or 0 in ids.shape or ids.dtype not in WHOLE:
             raise ValueError(f"ids are whole numbers [B, T], given {ids.dtype} {list(ids.shape)}")
+        ids = ids.to(self.device, torch.long)
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= rows:
             raise ValueError(f"ids reach from {low} to {high}, the model has 0 to {rows - 1}")
         with self.cast():
-            found: Tensor = self.rwkv.head(self.rwkv(self.rwkv.emb(ids.to(self.device)))[0])
+            found: Tensor = self.rwkv.head(self.rwkv(self.rwkv.emb(ids))[0])
         return found
 
     def chat(self, image: Picture | None = None) -> Conversation:
@@ -200,9 +203,12 @@ class Answerer:
 
     @cached_property
     def weights_id(self) -> str:
-        """Names the weights of the language model: their shapes and 64 values of each tensor."""
+        """Names the weights: their shapes and 64 values of each tensor.
+
+        Those of tower and projector too: a stage may train the projector and nothing else.
+        """
         digest = hashlib.sha256()
-        for name, weight in self.rwkv.state_dict().items():
+        for name, weight in (self.vision or self.rwkv).state_dict().items():
             flat = weight.detach().reshape(-1)
             some = flat[:: max(1, len(flat) // 64)][:64].double().cpu()
             digest.update(f"{name} {list(weight.shape)}".encode() + some.numpy().tobytes())

@@ -129,6 +129,8 @@ def _entry(name: str, facts: Any) -> Entry:
         raise ValueError(f"{name!r} has a size or offset that is no count")
     if end - begin != math.prod(shape) * DTYPES[dtype][1]:
         raise ValueError(f"{name!r} of shape {list(shape)} does not take {end - begin:,} bytes")
+    if math.prod(max(n, 1) for n in shape) >= 1 << 60:  # beside a 0 nothing else bounds a size
+        raise ValueError(f"{name!r} has sizes that no tensor has")
     return Entry(dtype, shape, begin, end)
 
 

@@ -13,10 +13,17 @@ Converts RWKV-4, 5.2 and 6 models, VisualRWKV v5.x and v6.0 checkpoints and CLIP
 (.pth, .pt, .bin, .safetensors) into a folder that recipes name: lm.weights, proj.weights, encoder.weights.
 """
 
+_SHOWN = 4
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 refused."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.lm_only and not args.to_pth:
+        parser.error("--lm-only goes with --to-pth; a folder keeps all that the file holds")
+    if args.as_is and args.to_pth:
+        parser.error("--as-is goes with --to")
     try:
         return _to_pth(args) if args.to_pth else _convert(args)
     except (OSError, ValueError) as error:
@@ -44,12 +51,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _convert(args: argparse.Namespace) -> int:
     from toolkit.convert.convert import convert
+    from toolkit.convert.faults import few
 
     config = convert(args.file, args.to, seconds=args.time_limit, as_is=args.as_is)
     print(f"{args.to}: {config['found']}")
     left_out = config["source"]["left_out"]
     if left_out["count"]:
-        print(f"left out {left_out['count']} entries: {', '.join(left_out['names'][:4])} ...")
+        more = " ..." if left_out["count"] > _SHOWN else ""
+        print(f"left out {left_out['count']} entries: {few(left_out['names'][:_SHOWN])}{more}")
     for line in usage(args.to, config["parts"]):
         print(f"  {line}")
     return 0

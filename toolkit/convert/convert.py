@@ -157,9 +157,9 @@ def to_pth(folder: Path, to: Path, *, lm_only: bool = False) -> int:
     if to.exists():
         raise ValueError(f"{to}: exists; give the file to be written another name, or delete it")
     weights = Weights(file)
-    prefix = {"RWKV": "rwkv.", "tower": "vit."}.get(
-        config_of(str(folder)).get("source", {}).get("layout", ""), ""
-    )
+    source = config_of(str(folder)).get("source")
+    layout = source.get("layout") if isinstance(source, dict) else ""
+    prefix = {"RWKV": "rwkv.", "tower": "vit."}.get(str(layout), "")
     prefix = "rwkv." if lm_only else prefix
     state = {n.removeprefix(prefix): weights[n] for n in weights if n.startswith(prefix)}
     if not state:

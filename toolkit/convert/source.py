@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from toolkit.convert.faults import few
 from toolkit.weights import Weights
 
 WRAPPERS = ("state_dict", "model", "module")
@@ -158,7 +159,7 @@ def _tensors(path: Path, state: Mapping[Any, Any], source: Source) -> dict[str, 
             raise ValueError(f"{path}: a tensor is named {str(name)[:40]!r}, which is no name")
         if value.layout != torch.strided or value.dtype not in NAMES or value.device.type != "cpu":
             raise ValueError(
-                f"{path}: {name[:80]} is a {value.layout} tensor of {value.dtype}; only plain ones are read"
+                f"{path}: {few([name])} is a {value.layout} tensor of {value.dtype}; only plain ones are read"
             )
         tensors[name] = value.detach()
     claimed, held = sum(t.numel() * t.element_size() for t in tensors.values()), path.stat().st_size
