@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("toolkit", "components", "kernels", "data")
 FILES = sorted(f for package in PACKAGES for f in (ROOT / package).rglob("*.py"))
-LEAVES = {"toolkit.contracts", "toolkit.register", "toolkit.weights", "toolkit.naming"}
+LEAVES = {"toolkit.contracts", "toolkit.parameters", "toolkit.register", "toolkit.weights", "toolkit.naming"}
 UNPICKLERS = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 HEAVY = {"torch", "torchvision", "timm", "open_clip", "lightning", "webdataset", "PIL", "numpy", "triton"}
 CATALOGUES = [
@@ -22,7 +22,7 @@ CATALOGUES = [
     ROOT / "data/sources/__init__.py",
 ]
 BEFORE_TORCH = [
-    *("__init__", "contracts", "register", "schema", "recipes", "lines", "explain"),
+    *("__init__", "contracts", "parameters", "register", "schema", "recipes", "lines", "explain"),
     *("layers", "specs", "values", "check", "rules", "compose", "run", "listing", "weights", "naming"),
 ]
 LIGHT = [*CATALOGUES, *(ROOT / f"toolkit/{name}.py" for name in BEFORE_TORCH)]

@@ -277,6 +277,10 @@ def test_a_runs_config_is_data(tmp_path: Path) -> None:
         ("  columns:", "  colums:", r"scan\.colums: no such key in scan '2d'\n  did you mean: columns"),
         ("seed:", "sede:", r"config\.yaml:\d+: sede: no such key"),
         ("  n_layer:", "  n_layers:", "n_layers: no such key"),
+        ("columns: true", "columns: maybe", r"config\.yaml:\d+: scan\.columns: takes bool, given 'maybe'"),
+        ("seed: 0", "seed: -1", r"config\.yaml:\d+: seed: given -1, must be from 0"),
+        ("precision: fp32", "precision: fp8", r"config\.yaml:\d+: hardware\.precision: given 'fp8'"),
+        ("  n_layer: 3", "  n_layer: null", r"config\.yaml:\d+: model\.n_layer: takes int"),
         ("seed: 0", "seed: !!python/object/apply:os.getcwd []", "runs Python|not valid YAML"),
     ]:
         assert old in text

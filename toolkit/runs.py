@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from toolkit import lines
-from toolkit.explain import closest, fail
-from toolkit.register import KINDS, components
+from toolkit import lines, values
+from toolkit.explain import BadRecipe, Problem, closest, fail, given
+from toolkit.register import KINDS, FilePath, Parameter, components
 from toolkit.schema import RunConf
+from toolkit.specs import Open, Spec, group_of
 
 CONFIG = "config.yaml"
 VOCABULARY = "vocabulary.json"
@@ -77,20 +78,22 @@ def _fix(known: Sequence[Finished]) -> str:
 
 
 def read_config(folder: Path, plugins: Sequence[str] = ()) -> dict[str, Any]:
-    """A run's config.yaml as plain values. BadRecipe, with the line, for what no schema declares."""
+    """A run's config.yaml as plain values. BadRecipe, with the line, for what no schema declares or holds."""
     marked = lines.load(folder / CONFIG)
-    known = {field.name for field in dataclasses.fields(RunConf)}
+    known = group_of(RunConf).fields
     for key, item in marked.value.items():
         if key not in known:
             what, fix = "no such key in a run's config", "load it with the version that wrote it"
             raise fail(item.place, key, what, matches=closest(key, known), fix=fix)
         if key in KINDS:
             _check_component(key, item, plugins, marked.plain().get("plugins") or [])
-    values: dict[str, Any] = marked.plain()
-    missing = [kind for kind in (*KINDS, "model", "hardware") if kind not in values]
+        elif problems := list(_misfits(item, known[key], key)):
+            raise BadRecipe(problems)
+    found: dict[str, Any] = marked.plain()
+    missing = [kind for kind in (*KINDS, "model", "hardware") if kind not in found]
     if missing:
         raise fail(f"{lines.shown(folder / CONFIG)}:1", missing[0], "not given; this is no run's config")
-    return values
+    return found
 
 
 def _check_component(kind: str, node: lines.Marked, plugins: Sequence[str], wanted: Sequence[str]) -> None:
@@ -109,3 +112,19 @@ def _check_component(kind: str, node: lines.Marked, plugins: Sequence[str], want
             raise fail(
                 item.place, f"{kind}.{key}", f"no such key in {kind} {name!r}", matches=closest(key, declared)
             )
+        if key != "name" and (problems := list(_misfits(item, declared[key], f"{kind}.{key}"))):
+            raise BadRecipe(problems)
+
+
+def _misfits(node: lines.Marked, spec: Spec, path: str) -> Iterator[Problem]:
+    """Values of another type or outside of their bounds. Files may be gone: a run has its own weights."""
+    if isinstance(spec, Parameter):
+        bounds = tuple(c for c in spec.constraints if not isinstance(c, FilePath))
+        yield from values.check(node.plain(), dataclasses.replace(spec, constraints=bounds), path, node.place)
+    elif not isinstance(node.value, dict):
+        yield Problem(node.place, path, f"holds settings, given {given(node.value)}")
+    else:
+        fields = dict.fromkeys(node.value, spec.item) if isinstance(spec, Open) else spec.fields
+        for key, item in node.value.items():
+            if key in fields:
+                yield from _misfits(item, fields[key], f"{path}.{key}")
