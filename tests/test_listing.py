@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -172,6 +174,15 @@ def test_check_counts_parameters_without_data(capsys: pytest.CaptureFixture[str]
     assert run.main(["--check", "encoder=patch", "recipe=ablation/base"]) == 0
     text = capsys.readouterr().out
     assert "rwkv" in text and "tokens" in text and "learn" in text
+
+
+def test_a_reader_that_goes_ends_a_listing_without_a_word() -> None:
+    words = [sys.executable, "-m", "toolkit.listing"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(words, stdout=writer, stderr=subprocess.PIPE, timeout=60, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, b"")
 
 
 def test_a_check_names_the_place_of_what_does_not_fit(capsys: pytest.CaptureFixture[str]) -> None:

@@ -299,6 +299,15 @@ def test_no_picture_of_other_runs_stays_beside_an_empty_table(tmp_path: Path) ->
     assert not (tmp_path / "ablation-scan.png").exists()
 
 
+def test_a_report_that_cannot_be_written_says_where(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    words = ["seed=0", f"paths.runs={tmp_path}/none", "--out", str(tmp_path / "file")]
+    assert report.main(["ablation/scan", *words]) == 2
+    assert "name a folder that can be written" in capsys.readouterr().err
+
+
 def test_report_at_an_earlier_step(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = put(tmp_path, known, ["seed=0,1"])
     table = collect("ablation/scan", asked, step=100)

@@ -234,9 +234,11 @@ def shares(name: str, stage: StageConf) -> dict[str, float]:
             ) from error
     # Floors of the answers are measured on it.
     if found and stage.split not in found:
+        near = closest(stage.split, found)
+        fix = f"{stage.split} for {near[0]}" if near else f"stages.{name}.split={next(iter(found))}"
         raise ValueError(
             f"stages.{name}.mix has the splits {', '.join(found)}, and stages.{name}.split={stage.split} is "
-            f"none of them; write stages.{name}.split={next(iter(found))}"
+            f"none of them; write {fix}"
         )
     return found
 

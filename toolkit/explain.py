@@ -10,6 +10,9 @@ from dataclasses import dataclass
 
 COMMAND_LINE = "command line"
 EXIT_BAD_RECIPE = 2
+EXIT_UNREAD = 141
+"""As shells tell of a command whose reader has gone (128 + SIGPIPE)."""
+
 _SHOWN = 4
 """Problems printed at once; three lines each keeps a message within twelve lines."""
 
@@ -80,9 +83,18 @@ def given(value: object) -> str:
 
 
 def guarded(main: Callable[[], int]) -> int:
-    """Runs `main`; a BadRecipe becomes its message on stderr and exit code 2 (TOOLKIT_TRACE=1 re-raises)."""
+    """Runs `main`; a BadRecipe becomes its message on stderr and exit code 2 (TOOLKIT_TRACE=1 re-raises).
+
+    Where nobody reads on (`... | head`), it ends as a shell's own commands do.
+    """
     try:
-        return main()
+        code = main()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Python flushes once more as it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_UNREAD
     except BadRecipe as error:
         if os.environ.get("TOOLKIT_TRACE") == "1":
             raise

@@ -65,9 +65,12 @@ def _main(words: list[str]) -> int:
     if options.raw and options.step:
         parser.error("--raw writes every evaluated step; leave --step out")
     table = collect(options.recipe.removeprefix("recipe="), options.overrides, step=options.step)
-    made = write(table, options.out)
-    if options.raw:
-        made.append(write_raw(table, options.raw))
+    try:
+        made = write(table, options.out)
+        made += [write_raw(table, options.raw)] if options.raw else []
+    except OSError as error:
+        what = f"{error.filename or options.out} cannot be written: {error.strerror}"
+        raise fail(COMMAND_LINE, "--out", what, fix="name a folder that can be written") from error
     print(markdown(table))
     print("written: " + ", ".join(str(path) for path in made))
     return 1 if any(row.missing for row in table.rows) else 0

@@ -133,7 +133,8 @@ def _lines(axes: Axes, rows: Sequence[tuple[Look, Row]], kind: str) -> None:
             axes.fill_between(
                 steps, low, high, color=colour, alpha=0.14 if len(rows) < 5 else 0.07, linewidth=0, zorder=2
             )
-        ends.append((means[-1], f"{row.label} {means[-1]:.0f}", (colour, style)))
+        apart = ":" if row.label[-1:].isdigit() else ""
+        ends.append((means[-1], f"{row.label}{apart} {means[-1]:.0f}", (colour, style)))
         last = max(last, steps[-1])
     axes.set_xlim(0, last)
     axes.set_xlabel("steps", fontsize=7.5, labelpad=1)

@@ -60,7 +60,8 @@ def _in_turn(request: Request, composed: Sequence[dict[str, Any]]) -> list[tuple
 
 def _side_by_side(request: Request, composed: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
     """Rows in processes of this machine; (row, error) of those that failed."""
-    launcher = next((g for g in parse(request.arguments) if g.key.startswith("hydra/launcher")), None)
+    named = ("hydra/launcher", "hydra.launcher")
+    launcher = next((g for g in parse(request.arguments) if g.key.startswith(named)), None)
     if launcher is not None:
         what = "a launcher of Hydra's and hardware.parallel both say how rows are started"
         raise fail(launcher.place, launcher.key, what, fix="take one of them out")
