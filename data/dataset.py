@@ -150,6 +150,16 @@ class Examples(Dataset[Sample]):
             gold=gold,
         )
 
+    def check(self, n: int = 0) -> None:
+        """Raises ValueError if one of the first n samples (0: of all) cannot be served, by its text alone."""
+        for j in range(min(n or len(self), len(self))):
+            example = self.reader.example(j)
+            encoded = self._encoded(example, example.turns if self.answer else example.turns[:-1])
+            if encoded.length > self.ctx_len:
+                self._cut(example, encoded)
+            if not self.answer:
+                _ = example.gold
+
     def _encoded(self, example: Example, turns: tuple[Turn, ...]) -> _Encoded:
         """Tokens of the turns; kept, because question sets repeat a few texts over many pictures."""
         found = self._texts.get(turns)

@@ -21,7 +21,7 @@ from data.dataset import Examples, Sample, Slot
 from data.images import BadPicture
 from data.packing import Packed
 from data.plan import Steps
-from data.reader import DamagedSample, ShardReader
+from data.reader import AGAIN, DamagedSample, ShardReader
 from data.records import BadRecord, Example, dump_json
 from toolkit.contracts import IGNORE, NO_IMAGE, PAD_ID, Batch
 
@@ -77,10 +77,10 @@ class Guarded(Dataset[Sample]):
             self._note(j, damaged)
             return self._stand_in(j)
         if weight > 0 and sample.weight == 0:
-            self._note(j, self._placed(j, BadRecord(OVERLONG)))
+            self._note(j, self._placed(j, BadRecord(OVERLONG), fix="give model.ctx_len more to learn it"))
         return sample
 
-    def _placed(self, j: int, error: ValueError) -> DamagedSample:
+    def _placed(self, j: int, error: ValueError, *, fix: str = AGAIN) -> DamagedSample:
         """The error with shard, key, member and byte offset."""
         if isinstance(error, DamagedSample):
             return error
@@ -89,7 +89,7 @@ class Guarded(Dataset[Sample]):
         key = reader.key(i)
         cause = str(error).removeprefix(f"{shard}: key {key}: ").removeprefix(f"{key}: ")
         return DamagedSample(
-            shard=shard, key=key, member=f"{key}.{span.kind}", offset=span.offset, cause=cause
+            shard=shard, key=key, member=f"{key}.{span.kind}", offset=span.offset, cause=cause, fix=fix
         )
 
     def _stand_in(self, j: int) -> Sample:

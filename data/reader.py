@@ -28,24 +28,35 @@ _KEPT_JSON = 16 << 20
 """Bytes of JSON whose records stay parsed; a small question set is parsed once in all."""
 
 
-class DamagedSample(ValueError):
-    """A member that cannot be read; the message names shard, key, member, byte offset and cause."""
+AGAIN = "copy the shard again or convert again"
+"""What helps with a member that is damaged."""
 
-    def __init__(self, *, shard: str, key: str, member: str, offset: int, cause: str) -> None:
+
+class DamagedSample(ValueError):
+    """A member that cannot be read; the message names shard, key, member, byte offset, cause and fix."""
+
+    def __init__(
+        self,
+        *,
+        shard: str,
+        key: str,
+        member: str,
+        offset: int,
+        cause: str,
+        fix: str = AGAIN,
+    ) -> None:
         self.shard, self.key, self.member, self.offset, self.cause = shard, key, member, offset, cause
-        super().__init__(
-            f"{shard}: key {key}: member {member} at byte {offset:,}: {cause}; copy the shard again or "
-            "convert again"
-        )
+        self.fix = fix
+        super().__init__(f"{shard}: key {key}: member {member} at byte {offset:,}: {cause}; {fix}")
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Worker processes send errors by pickle, which would call __init__ with the message alone.
-        names = ("shard", "key", "member", "offset", "cause")
+        names = ("shard", "key", "member", "offset", "cause", "fix")
         return _damaged, tuple(getattr(self, name) for name in names)
 
 
-def _damaged(shard: str, key: str, member: str, offset: int, cause: str) -> DamagedSample:
-    return DamagedSample(shard=shard, key=key, member=member, offset=offset, cause=cause)
+def _damaged(shard: str, key: str, member: str, offset: int, cause: str, fix: str) -> DamagedSample:
+    return DamagedSample(shard=shard, key=key, member=member, offset=offset, cause=cause, fix=fix)
 
 
 class ExampleTable(NamedTuple):

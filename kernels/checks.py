@@ -33,8 +33,9 @@ def check_sequence(op: str, names: Sequence[str], tensors: Sequence[Tensor], axe
                 f"{op}: {name} is {_name(x.dtype)} but {names[0]} is {_name(first.dtype)}; cast one of them"
             )
         check_device(op, name, x, first)
-    if first.shape[1] == 0:
-        raise ValueError(f"{op}: {names[0]} has shape {list(first.shape)}: no time step; T must be 1 or more")
+    if 0 in first.shape:
+        axis = axes[list(first.shape).index(0)]
+        raise ValueError(f"{op}: {names[0]} has shape {list(first.shape)}; {axis} must be 1 or more")
 
 
 def check_weight(op: str, name: str, x: Tensor, shape: Sequence[int], axes: str, like: Tensor) -> None:

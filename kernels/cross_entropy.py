@@ -72,8 +72,14 @@ def _check(
     for name, one in (("targets", targets), ("row_weights", row_weights), ("penalty", penalty)):
         if one is not None and (one.dim() != 1 or len(one) != len(h)):
             raise ValueError(f"{_OP}: {name} has shape {list(one.shape)}; expected [M] = [{len(h)}]")
-    for name, other in (("weight", weight), ("targets", targets), ("row_weights", row_weights)):
-        check_device(_OP, name, other, h)
+    for name, other in (
+        ("weight", weight),
+        ("targets", targets),
+        ("row_weights", row_weights),
+        ("penalty", penalty),
+    ):
+        if other is not None:
+            check_device(_OP, name, other, h)
     if torch.is_autocast_enabled(h.device.type) and torch.float64 not in (h.dtype, weight.dtype):
         return torch.get_autocast_dtype(h.device.type)
     if h.dtype != weight.dtype:
@@ -117,10 +123,10 @@ def plain(
     logits = F.linear(h.to(compute), weight.to(compute))
     wide = logits if compute == torch.float64 else logits.float()  # [M, V]
     at = torch.where(row_weights != 0, targets, 0)
-    loss = (F.cross_entropy(wide, at, reduction="none") * row_weights).sum()
+    loss = (F.cross_entropy(wide, at, reduction="none") * row_weights.to(wide.dtype)).sum()
     if penalty is None:
         return loss
-    term = (wide.amax(dim=-1).square() * penalty).sum() / 2
+    term = (wide.amax(dim=-1).square() * penalty.to(wide.dtype)).sum() / 2
     return loss + (term - term.detach())
 
 

@@ -59,6 +59,7 @@ def add_norm(
     the rows of the flattened sequence, or None. s has the wider type of x and late, the norm s's own or,
     under autocast, float32 as torch's LayerNorm.
     """
+    _check_rows("add_norm", x, index)
     if late is not None and late.shape != x.shape:
         raise ValueError(f"add_norm: late has shape {list(late.shape)} but x has {list(x.shape)}")
     if list(weight.shape) != [x.shape[-1]] or list(bias.shape) != [x.shape[-1]]:
@@ -69,6 +70,16 @@ def add_norm(
     why = unfit(x, weight) or (f"rows of {x.shape[-1]} channels" if x.shape[-1] > _LARGEST else "")
     run = pick("add_norm", backend, x.device, why)
     return run(x, late, index, weight, bias, eps, total, torch.float32 if autocast else total)
+
+
+def _check_rows(op: str, x: Tensor, index: Tensor | None) -> None:
+    """`x` is [B, T, D] and `index` None or long, of as many rows."""
+    if x.dim() != 3:
+        raise ValueError(f"{op}: x has shape {list(x.shape)}; expected [B, T, D]")
+    rows = x.shape[0] * x.shape[1]
+    if index is not None and (index.dtype != torch.int64 or list(index.shape) != [rows]):
+        found = f"{index.dtype} of shape {list(index.shape)}"
+        raise ValueError(f"{op}: index is {found}; expected torch.int64 [B*T] = [{rows}]")
 
 
 class _Reorder(torch.autograd.Function):
@@ -90,6 +101,7 @@ class _Reorder(torch.autograd.Function):
 
 def reorder(x: Tensor, index: Tensor) -> Tensor:
     """x [B, T, D] with the rows of its flattened sequence in the order of index [B*T], a permutation."""
+    _check_rows("reorder", x, index)
     moved: Tensor = _Reorder.apply(x.flatten(0, 1), index)
     return moved.view(x.shape)
 
@@ -109,10 +121,12 @@ def _add_norm(
     total: torch.dtype, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The definition of `add_norm` in plain PyTorch."""
-    kept = x if late is None else x + late
+    kept = (x if late is None else x + late).to(total)
     if index is not None:
         kept = reorder(kept, index)
-    return kept, F.layer_norm(kept, kept.shape[-1:], weight, bias, eps)
+    rows = wide(kept)
+    normed = F.layer_norm(rows, rows.shape[-1:], weight.to(rows.dtype), bias.to(rows.dtype), eps)
+    return kept, normed.to(dtype)
 
 
 register("head_norm", reference=_head_norm, torch=_head_norm, triton="kernels.gpu.norm:head_norm")

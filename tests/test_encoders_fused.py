@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from torch import nn
 
 import components.encoders.lite0_tower as lite0_file
-from components.encoders.fusion import _bilinear
+from components.encoders.fusion import FusedEncoder, _bilinear
+from components.encoders.pixels import from_map
 from tests.encoding import build
+from tests.helpers import small_model
 from toolkit import register
+from toolkit.build import select_trainable
+from toolkit.contracts import ImageFeatures
 
 
 @pytest.mark.parametrize(("photo", "label"), [("china.jpg", 698), ("flower.jpg", 985)])  # palace, daisy
@@ -121,3 +127,39 @@ def test_fused_bilinear_on_demand_and_frozen_members() -> None:
     members = [{"name": "blank", "grid": 2}, {"name": "blank", "grid": 4}]
     encoder = build("fused", {"members": members, "resample": "bilinear"})
     assert encoder.d_out == 32 and encoder.factors == [1, 0] and not encoder.learned
+
+
+class Pretrained(nn.Module):
+    """A frozen member with statistics that a step in train mode would move."""
+
+    learned, n_extra, grid, d_out = False, 0, (2, 2), 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(3)
+
+    def transform(self) -> Any:
+        return None
+
+    def forward(self, pixels: torch.Tensor) -> ImageFeatures:
+        return from_map(self.norm(pixels))
+
+
+def test_a_pretrained_member_stays_frozen_beside_one_that_learns() -> None:
+    model = small_model(grid=(2, 2), n_extra=0)
+    patch: Any = build("patch", {"image_size": 4, "patch": 2, "width": 3})
+    frozen: Any = Pretrained()
+    model.encoder = FusedEncoder([frozen, patch], grid=0, resample="auto")
+
+    def learns() -> set[str]:
+        return {n for n, p in model.encoder.named_parameters() if p.requires_grad}
+
+    assert select_trainable(model, ["proj"], [], stage="tune") == ["encoder", "proj"]
+    assert learns() == {"members.1.embed.weight", "members.1.embed.bias", "members.1.positions"}
+    model.train()
+    assert patch.training and not frozen.training
+    model.encode((torch.randn(2, 3, 2, 2), torch.randn(2, 3, 4, 4)))
+    assert torch.equal(frozen.norm.running_mean, torch.zeros(3))
+    assert select_trainable(model, ["proj"], ["encoder.members.1"], stage="tune") == ["proj"]
+    select_trainable(model, ["encoder"], [], stage="tune")
+    assert {"members.0.norm.weight", "members.1.positions"} <= learns()

@@ -101,12 +101,14 @@ def test_the_same_command_trains_nothing_twice_and_the_same_seed_gives_the_same_
     with monkeypatch.context() as patch:
         patch.setattr(toolkit.job, "execute", never)
         assert launch(tmp_path, cache, "title=another name", "hardware.threads=1") == 0
-    # Only the result is lost: the weights are used, not trained again.
+    # Only the result is lost: the weights are used, not trained again, and it tells the same of the training.
     (folder / "result.json").unlink()
     with monkeypatch.context() as patch:
         patch.setattr(toolkit.job, "fit_stage", never)
         assert launch(tmp_path, cache) == 0
-    assert read(folder / "result.json")["accuracy"] == first["accuracy"]
+    again = read(folder / "result.json")
+    assert again["accuracy"] == first["accuracy"] and again["kernels"] == first["kernels"]
+    assert again["train_seconds"] > 0 and again["seconds"] >= again["train_seconds"]
     # A fresh directory: the same losses to the last digit.
     assert launch(tmp_path / "again", cache) == 0
     again = only(tmp_path / "again" / "runs")
@@ -205,6 +207,18 @@ def test_llava_data_with_the_world_vocabulary(tmp_path: Path, llava: list[str], 
     assert result["n"] == 6 and result["vocabulary"] == 65536
     rows = [json.loads(line) for line in (folder / "predictions" / "test.jsonl").read_text().splitlines()]
     assert [row["gold"] for row in rows] == ["number 0", "yes", "number 2", "yes", "number 4", "2"]
+
+
+def test_questions_that_cannot_be_scored_are_told_before_training(
+    tmp_path: Path, llava: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = [word for word in TINY if not word.startswith(("data", "eval"))]
+    paths = [f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"]
+    words = [*small, *llava, *paths, "model.overlong=cut", "model.ctx_len=12", "prompt=prefix"]
+    assert run.main([*words, "projector.tokens=1", "scan=uni"]) == 1
+    assert "model.ctx_len=12; set model.ctx_len=" in capsys.readouterr().err
+    folder = only(tmp_path / "runs")
+    assert not (folder / "metrics.csv").exists() and not (folder / "checkpoints").exists()
 
 
 def test_workers_read_what_one_process_reads(tmp_path: Path, llava: list[str]) -> None:

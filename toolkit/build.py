@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from toolkit import register
-from toolkit.model import VisualRWKV
+from toolkit.model import VisualRWKV, encoders
 from toolkit.pretrained import fill_part
 from toolkit.schema import RunConf
 from toolkit.trunk import LanguageModel
@@ -106,10 +106,12 @@ def select_trainable(model: VisualRWKV, train: list[str], freeze: list[str], *, 
     """Sets requires_grad by parameter-name prefixes and returns the parts that learn.
 
     A prefix matches whole name components: `rwkv.blocks.1` is not `rwkv.blocks.10`. An encoder without
-    pretrained weights (`learned`) learns in every stage unless `freeze` names it.
+    pretrained weights (`learned`), or such a member of a fused one, learns in every stage unless `freeze`
+    names it.
     """
     names = [n for n, _ in model.named_parameters()]
-    wanted = [*train, *(["encoder"] if getattr(model.encoder, "learned", False) else [])]
+    parts = encoders(model.encoder).items()
+    wanted = [*train, *(name for name, part in parts if getattr(part, "learned", False))]
     for key, prefixes in (("train", train), ("freeze", freeze)):
         for prefix in prefixes:
             if not any(_under(n, prefix) for n in names):

@@ -195,7 +195,12 @@ Prompt = Callable[[Sequence[Turn]], list[Segment]]
 
 
 class TimeMix(Protocol):
-    """Mixes over time. state is None (start from zero) or what an earlier call returned."""
+    """Mixes over time. state is None (start from zero) or what an earlier call returned.
+
+    Optional, for generation: step_(x, late, norm, state) -> late, one token in place. x [B,D] takes in what
+    was `late` (`kernels.step.Late`), the LayerNorm `norm` follows, the state is overwritten, and the mixer's
+    own output is the next `late`. A mixer without it runs `forward` with T = 1.
+    """
 
     def forward(
         self, x: Tensor, state: tuple[Tensor, ...] | None, stream: Tensor | None, lengths: Tensor | None
@@ -209,7 +214,7 @@ class TimeMix(Protocol):
 
 
 class ChannelMix(Protocol):
-    """Mixes over channels; its state is the last token, for the token shift."""
+    """Mixes over channels; its state is the last token, for the token shift. `step_` as for `TimeMix`."""
 
     def forward(self, x: Tensor, state: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         """x [B,T,D] -> (y [B,T,D], state [B,D])."""

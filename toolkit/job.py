@@ -22,7 +22,7 @@ from toolkit.model import VisualRWKV
 from toolkit.rundir import RunDir, provenance, write_json, write_text
 from toolkit.saver import Saver, StepEnds
 from toolkit.schema import RunConf
-from toolkit.scoring import chosen_by, evaluate, floors, probes, scored_examples
+from toolkit.scoring import check_scored, chosen_by, evaluate, floors, probes, scored_examples
 from toolkit.stages import Stage, Task, announce, captured, planned, step_seconds, warn_without_gpu
 from toolkit.train import (
     choose_kernels,
@@ -36,7 +36,7 @@ from toolkit.waits import summary as summary_of_waits
 
 log = logging.getLogger("toolkit.run")
 
-_KEPT = ("steps", "left_out", "reported", "training", "data_mode", "resumed_from")
+_KEPT = ("steps", "left_out", "reported", "training", "data_mode", "resumed_from", "seconds_before")
 """What finished weights tell of their training."""
 
 
@@ -101,6 +101,8 @@ def execute(
     model = build_model(conf, vocab_size=corpus.tokenizer.size, device=device).to(device)
     parts = learning_parts(conf, model)
     facts: dict[str, Any] = {"parameters": parameters_by_part(model), "learning": parts}
+    if ranks.main():
+        check_scored(conf, corpus, model)
     with Timer(facts, "feature_seconds"):
         made = partial(corpus.features, model, device)
         features = made() if conf.features.cache == "memory" else ranks.in_turn(made)
@@ -162,6 +164,8 @@ def train(
         facts = ranks.shared(partial(checkpoint.load, run.weights, model))
         ranks.same(model.parameters())
         log.info("training was finished before: weights from %s", run.weights)
+        for op, what in facts.get("kernels", {}).items():
+            kernels.note(op, what)
         return {key: facts[key] for key in _KEPT if key in facts}
     point = resume.newest(run)
     stages = resume.continued(task, planned(task), point)

@@ -62,7 +62,8 @@ class VisualRWKV(nn.Module):
     def train(self, mode: bool = True) -> VisualRWKV:
         """As nn.Module's, but a frozen encoder stays in eval mode (dropout off, batch norm fixed)."""
         super().train(mode)
-        self.encoder.train(mode and any(p.requires_grad for p in self.encoder.parameters()))
+        for part in (self.encoder, *encoders(self.encoder).values()):
+            part.train(mode and any(p.requires_grad for p in part.parameters()))
         return self
 
     def embed(self, batch: Batch) -> Tensor:
@@ -141,6 +142,16 @@ class VisualRWKV(nn.Module):
             l2 != "none",
             real,
         )
+
+
+def encoders(encoder: nn.Module) -> dict[str, nn.Module]:
+    """An encoder under its name in the model, or those that a fused one is made of."""
+    held = {
+        f"encoder.{name}": module
+        for name, module in encoder.named_modules()
+        if name and isinstance(getattr(module, "learned", None), bool)
+    }
+    return held or {"encoder": encoder}
 
 
 def asked_for(batch: Batch) -> Tensor:

@@ -41,7 +41,10 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 1 a run failed, 2 the request cannot be run, 130 after Ctrl-C."""
+    """Returns the exit code: 0 done, 1 a run failed, 2 the request cannot be run, 130 after Ctrl-C.
+
+    Raises SystemExit(75) where SIGTERM or SIGUSR1 stopped it.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         with stoppable():

@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
 
+import kernels
 from toolkit import checkpoint, ranks, resume, stopping
 from toolkit.resume import Point
 from toolkit.rundir import run_id, versions
@@ -95,7 +96,9 @@ class Saver:
         run = self.task.run
         if ranks.main():
             weights = {checkpoint.WEIGHTS: checkpoint.weights_of(self.task.model, self.parts)}
-            self._write(run.weights, weights, {"parts": self.parts, **facts}, {})
+            # For a run that is stopped after this: what its result tells of the training.
+            told = {**facts, "seconds_before": self.seconds, "kernels": kernels.chosen()}
+            self._write(run.weights, weights, {"parts": self.parts, **told}, {})
             run.note("running", step=facts["steps"])
             resume.drop(run)
         ranks.barrier()

@@ -61,6 +61,15 @@ def scored_examples(conf: RunConf, corpus: Corpus) -> list[Example]:
     return list(itertools.islice(found, conf.eval.limit or None))
 
 
+def check_scored(conf: RunConf, corpus: Corpus, model: VisualRWKV) -> None:
+    """Raises ValueError for a question that cannot be scored: too long for `model.ctx_len`, or unanswered.
+
+    To be asked before training: no later command could score what was trained under other settings.
+    """
+    for split in dict.fromkeys([conf.eval.split, conf.eval.choose or conf.eval.split]):
+        examples(conf, corpus, split, model, {}, prompt=corpus.prompt, answer=False).check(conf.eval.limit)
+
+
 def evaluate(
     conf: RunConf, corpus: Corpus, model: VisualRWKV, features: dict[str, Any], device: torch.device
 ) -> list[Prediction]:

@@ -128,9 +128,10 @@ def fused(
 ) -> Encoder:
     """Several encoders brought to one grid, channels concatenated in the order listed.
 
-    members: encoder nodes; class tokens are dropped. grid: side of the common grid, 0 the first
-    member's. resample: `auto` moves k x k cells into channels where a member's grid is a whole
-    multiple and interpolates otherwise.
+    members: encoder nodes; class tokens are dropped; those with pretrained weights stay frozen beside those
+    that learn, unless a stage trains `encoder`. grid: side of the common grid, 0 the first member's.
+    resample: `auto` moves k x k cells into channels where a member's grid is a whole multiple and
+    interpolates otherwise.
     """
     from components.encoders.fusion import FusedEncoder
 

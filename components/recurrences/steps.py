@@ -1,8 +1,9 @@
 """One token of the built-in mixers: their own `forward` at T = 1, with the states updated in place.
 
-Each function is the `step_` of a mixer (`contracts`: optional). It takes the residual stream x [B, D] and
-what has still to be added to it, and returns its own output as the next such `Late` value, so that the
-addition, the LayerNorm and the token shift are one kernel. Matrix products run in the type autocast asks for.
+Each function is the `step_` of a mixer (`contracts.TimeMix`: optional). It takes the residual stream
+x [B, D] and what has still to be added to it, and returns its own output as the next such `Late` value, so
+that the addition, the LayerNorm and the token shift are one kernel. Matrix products run in the type
+autocast asks for.
 """
 
 from __future__ import annotations

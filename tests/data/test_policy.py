@@ -131,7 +131,7 @@ def test_settings_are_no_faults_of_the_data(tmp_path):
         guarded(tmp_path / "s", tmp_path / "r", "lax")
 
 
-def test_overlong_samples_without_an_answer_are_reported(tmp_path):
+def test_overlong_samples_without_an_answer_are_reported(tmp_path, caplog):
     report = tmp_path / "r.jsonl"
     examples = guarded(shard_folder(tmp_path / "s", 3), report, "strict", ctx_len=7, overlong="cut")
     weights = [examples[j].weight for j in range(len(examples))]
@@ -141,6 +141,9 @@ def test_overlong_samples_without_an_answer_are_reported(tmp_path):
         "longer than model.ctx_len, with no answer in what was kept"
     }
     assert examples.left_out == len(rows)
+    told = [message for message in caplog.messages if message.startswith("left out: ")]
+    assert len(told) == len(rows)
+    assert all(one.endswith("; give model.ctx_len more to learn it") for one in told)
 
 
 def test_two_processes_write_one_row_each_sample(tmp_path):

@@ -129,6 +129,7 @@ def test_autocast_rounds_the_products_and_keeps_wide_gradients() -> None:
         ({"targets": torch.zeros(3, dtype=torch.long)}, r"targets has shape \[3\]; expected \[M\] = \[8\]"),
         ({"targets": torch.zeros(8)}, "targets is torch.float32; use int64"),
         ({"penalty": torch.zeros(8, 1)}, r"penalty has shape \[8, 1\]"),
+        ({"penalty": torch.zeros(8, device="meta")}, "penalty is on meta but the inputs are on cpu"),
         ({"weight": torch.zeros(5, 3)}, "h has rows of 4 but weight of 3"),
         ({"h": torch.zeros(2, 4, 4)}, "h is torch.float32 of shape"),
         ({"h": torch.zeros(8, 4, dtype=torch.bfloat16)}, "cast one of them or use autocast"),

@@ -183,6 +183,13 @@ def test_no_time_step() -> None:
         kernels.wkv4(empty, empty, torch.zeros(4), torch.zeros(4))
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((0, 3, 2, 4), "B"), ((1, 3, 0, 4), "H"), ((1, 3, 2, 0), "N")])
+def test_nothing_to_compute(shape: tuple[int, ...], axis: str) -> None:
+    empty = torch.zeros(shape)
+    with pytest.raises(ValueError, match=f"r has shape .*; {axis} must be 1 or more"):
+        kernels.wkv6(empty, empty, empty, empty, torch.zeros(shape[2:]))
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_positive_log_decay_is_refused_in_debug_mode(op: str) -> None:
     wrong = make(op, "typical", 3).inputs["log_w"].exp()

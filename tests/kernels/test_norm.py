@@ -39,6 +39,18 @@ def test_add_norm_is_its_definition(late: bool, moved: bool) -> None:
     torch.testing.assert_close(normed, centred / scale * weight + bias)
 
 
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_add_norm_in_half_precision_is_computed_in_single(weights: torch.dtype) -> None:
+    x, weight, bias = torch.randn(2, 3, 4).bfloat16(), torch.randn(4).to(weights), torch.randn(4).to(weights)
+    wanted = torch.nn.functional.layer_norm(x.float(), (4,), weight.float(), bias.float())
+    total, normed = add_norm(x, None, weight, bias, 1e-5)
+    assert total.dtype == torch.bfloat16 and torch.equal(normed, wanted.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(add_norm(x, None, weight, bias, 1e-5)[1], wanted)
+    wide = add_norm(x.float(), None, weight, bias, 1e-5)[1]
+    assert torch.equal(wide, wanted)
+
+
 def test_reorder_and_back() -> None:
     x, index = torch.randn(2, 5, 3, requires_grad=True), torch.randperm(10)
     moved = reorder(x, index)
@@ -69,6 +81,13 @@ def test_wrong_arguments_are_told() -> None:
         add_norm(x, x[:1], x[0, 0], x[0, 0], 1e-5)
     with pytest.raises(ValueError, match=r"add_norm: weight and bias .*expected \[D\] = \[4\]"):
         add_norm(x, None, x[0, 0, :3], x[0, 0], 1e-5)
+    for index in (torch.arange(5), torch.arange(6.0), torch.arange(7)):
+        with pytest.raises(ValueError, match=r"add_norm: index is .*; expected torch.int64 \[B\*T\] = \[6\]"):
+            add_norm(x, None, x[0, 0], x[0, 0], 1e-5, index=index)
+        with pytest.raises(ValueError, match="reorder: index is "):
+            reorder(x, index)
+    with pytest.raises(ValueError, match=r"add_norm: x has shape \[3, 4\]; expected \[B, T, D\]"):
+        add_norm(x[0], None, x[0, 0], x[0, 0], 1e-5)
     with pytest.raises(ValueError, match=r"sigmoid_gate: gate has shape \[1, 3, 4\] but x has \[2, 3, 4\]"):
         sigmoid_gate(x[:1], x)
     with pytest.raises(ValueError, match=r"log_decay: base has 3 elements but shift is \[2, 3, 4\]"):

@@ -198,6 +198,24 @@ def test_wrong_shapes_and_missing_decay_are_refused() -> None:
         wkv5_step_(r, r[:1], r, -u.abs(), u, state)
     with pytest.raises(ValueError, match=r"wkv6_step: log_w has shape \[3, 4\]"):
         wkv6_step_(r, r, r, -u.abs(), u, state)
+    with pytest.raises(
+        ValueError, match=r"wkv5_step: log_w has shape \[2, 3, 4\]; expected \[H, N\] = \[3, 4\]"
+    ):
+        wkv5_step_(r, r, r, -r.abs(), u, state)
+    with pytest.raises(ValueError, match=r"wkv6_step: base has shape \[4\]; expected \[H, N\] = \[3, 4\]"):
+        wkv6_step_(r, r, r, -r.abs(), u, state, base=u[0])
+    with pytest.raises(
+        ValueError, match=r"wkv4_step: k is torch.float32 of shape \[2, 3, 4\]; expected floats"
+    ):
+        wkv4_step_(r, r, None, u[0], state, base=u[0])
+    with pytest.raises(ValueError, match=r"norm_shift_step: mixes have shapes \[\[3\]\]; expected D = 4"):
+        norm_shift_step_(
+            u.clone(), None, Norm(u[0], u[0], 1e-5), u, [u[0, :3]], of_previous=True, dtype=torch.float32
+        )
+    with pytest.raises(
+        ValueError, match=r"ddlerp_step: 5 mixes, low \[3, 10\], weight \[5, 2, 3\]; expected"
+    ):
+        ddlerp_step_(u.clone(), u, torch.zeros(3, 10), torch.zeros(5, 2, 3), [u[0]] * 5, dtype=torch.float32)
     with pytest.raises(ValueError, match="needs log_w, or the decay's parameter"):
         wkv5_step_(r, r, r, None, u, state)
     with pytest.raises(ValueError, match="both must be contiguous"):
