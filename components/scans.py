@@ -58,7 +58,7 @@ def rotation(n_layer: int, height: int, width: int) -> list[Order]:
     never undoes it; this is what it meant: layer l starts at patch l * floor(P/3), modulo P.
     """
     rows = _rows(height, width)
-    starts = [layer * (len(rows) // 3) % len(rows) for layer in range(n_layer)]
+    starts = [layer * (len(rows) // 3) % max(1, len(rows)) for layer in range(n_layer)]
     return [(*rows[start:], *rows[:start]) for start in starts]
 
 
@@ -104,6 +104,8 @@ def hilbert(n_layer: int, height: int, width: int, *, alternate: bool = True) ->
     The curve of layer 0 joins the two ends of one side of the grid. alternate takes by layer the
     curve, its reverse, the curve along the other side, its reverse; else every layer reads the first.
     """
+    if not height * width:  # projector.tokens=0: the class token alone
+        return [()] * n_layer
     curve = _curve(height, width)
     if not alternate:
         return [curve] * n_layer

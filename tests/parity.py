@@ -3,10 +3,10 @@
     python -m tests.parity FILE... [--backend torch|reference|triton] [--device cpu|cuda] [--pixels]
 
 Prints one line per file, scan and backend with the largest relative error (Frobenius norm) of logits,
-loss and gradients over the file's inputs, and exits 1 above the bounds. Sizes, recurrence version,
-projector and pooling are read from the file (format: tests/golden/README.md). With --pixels the file's
-weights go through toolkit.convert first, and its own CLIP tower sees the pixels; without, the stored
-features of the original's tower stand for it.
+loss and gradients over the file's inputs, and exits 1 above the bounds, 2 for what is no golden file. Sizes,
+recurrence version, projector and pooling are read from the file (format: tests/golden/README.md). With
+--pixels the file's weights go through toolkit.convert first, and its own CLIP tower sees the pixels;
+without, the stored features of the original's tower stand for it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import kernels
@@ -71,12 +71,22 @@ class Golden:
 
     @classmethod
     def open(cls, path: Path) -> Golden:
-        with safe_open(path, "pt") as file:
+        try:
+            opened = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"{path}: no safetensors file can be read: {error}") from error
+        with opened as file:
             metadata = file.metadata() or {}
             if "args" not in metadata:
                 raise ValueError(f"{path}: no hyper-parameters under metadata key 'args'; not a golden file")
             names = file.keys()  # no mapping: it can be listed, not iterated
-            return cls(path, json.loads(metadata["args"]), {k: file.get_tensor(k) for k in names})
+            found = cls(path, json.loads(metadata["args"]), {k: file.get_tensor(k) for k in names})
+        if "in0/vision_features" not in found.tensors:
+            raise ValueError(
+                f"{path}: holds no input with an image (in0/vision_features); only VisualRWKV v5.1 and v6.0 "
+                "are compared here"
+            )
+        return found
 
     def under(self, prefix: str) -> dict[str, Tensor]:
         return {k[len(prefix) :]: v for k, v in self.tensors.items() if k.startswith(prefix)}
@@ -267,12 +277,18 @@ def main(argv: list[str] | None = None) -> int:
         "--pixels", action="store_true", help="through toolkit.convert, from the stored pixels"
     )
     options = parser.parse_args(argv)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: torch sees no CUDA device here; write --device cpu")
     good = True
-    for line, ok in report(
-        options.files, options.backend or BACKENDS[:2], options.device, pixels=options.pixels
-    ):
-        print(line)
-        good &= ok
+    try:
+        for line, ok in report(
+            options.files, options.backend or BACKENDS[:2], options.device, pixels=options.pixels
+        ):
+            print(line)
+            good &= ok
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     return 0 if good else 1
 
 

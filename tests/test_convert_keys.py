@@ -102,7 +102,9 @@ def test_the_command_says_how_to_use_what_it_wrote(
     said = capsys.readouterr().out
     assert f"lm.weights={out} model.d_model=64 model.n_layer=6" in said
     assert "recurrence=rwkv6" in said and "recurrence.head_size=16" in said
-    assert f"proj.weights={out} projector=linear" in said and f"encoder.weights={out}" in said
+    assert (
+        f"proj.weights={out} projector=linear" in said and f"encoder=open_clip encoder.weights={out}" in said
+    )
     assert sorted(p.name for p in out.iterdir()) == ["config.json", "model.safetensors"]
     assert main([str(tmp_path / "visual.pth"), "--to", str(out)]) == 2
     assert "exists" in capsys.readouterr().err

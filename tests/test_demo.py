@@ -178,6 +178,23 @@ def test_an_answer_can_be_stopped_and_the_conversation_goes_on() -> None:
     assert any("done" in event for event in desk.ask(name, QUESTIONS[0], OPTIONS))
 
 
+def test_nothing_computes_once_the_desk_is_closed() -> None:
+    """Ctrl-C: a thread that is inside torch while Python ends would abort the process."""
+    desk = Desk(answerer())
+    events = desk.ask(desk.begin(png(1)), QUESTIONS[1], Sampling(max_new_tokens=200, temperature=2, seed=5))
+    next(events)
+    desk.close()
+    reader = threading.Thread(target=lambda: list(events), daemon=True)
+    reader.start()
+    reader.join(0.2)
+    assert reader.is_alive()
+
+
+def test_a_picture_that_is_too_large_is_refused_in_words(page: Page) -> None:
+    code, said = page.post("/begin", b"\x89PNG" + bytes(33 << 20))
+    assert code == 413 and "at most 32 MiB" in said["error"]
+
+
 def test_a_language_model_alone_is_asked_without_a_picture() -> None:
     whole = answerer()
     desk = Desk(Answerer(whole.rwkv, whole.tokenizer, whole.prompt, None, "text"))

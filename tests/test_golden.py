@@ -73,6 +73,23 @@ def test_command_reports_and_fails_above_the_bound(
     assert lines[0].startswith("ok") and lines[-1].startswith("FAIL"), lines
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), (b"# text", "deserializing"), ({}, "'args'"), ({"args": "{}"}, "no input")],
+)
+def test_what_is_no_golden_file_is_told_by_name(
+    content: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "a.safetensors"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        save_file({"param/rwkv.emb.weight": torch.zeros(1)}, path, metadata=content)
+    assert parity.main([str(path)]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"{path}: ") and message in said
+
+
 def test_a_scan_off_by_one_layer_is_seen() -> None:
     golden = parity.Golden.open(FILES[0])
     model = parity.build(golden, "bidirection")

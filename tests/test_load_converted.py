@@ -66,7 +66,10 @@ def visual(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], P
 
 
 def test_a_converted_visualrwkv_answers_about_an_image(
-    visual: Callable[[int], Path], here: Path, capsys: pytest.CaptureFixture[str]
+    visual: Callable[[int], Path],
+    here: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     folder = visual(6)
     model = toolkit.load(folder)
@@ -83,8 +86,18 @@ def test_a_converted_visualrwkv_answers_about_an_image(
     turn = model.first_turn(Q, image=True)
     logits = [m.read_first([turn], [(picture(1), Q)])[0] for m in (model, toolkit.load(folder, scan="uni"))]
     assert not torch.allclose(*logits)
+    assert f"{folder}: asked with layout=sandwich, as v6.0 was trained" in caplog.messages  # scan= was said
     code, _, err = told(capsys, *words, "scan=bo")
     assert code == 2 and "did you mean: bi" in err
+
+
+def test_a_tower_alone_is_no_model(tmp_path: Path) -> None:
+    """Its tensors are no foreign file's: they must not be taken for one that is unknown."""
+    tower = {n.removeprefix("vit."): t for n, t in golden_file(6).items() if n.startswith("vit.")}
+    save_file(tower, tmp_path / "tower.safetensors")
+    convert(tmp_path / "tower.safetensors", tmp_path / "tower")
+    with pytest.raises(ValueError, match="neither a run's directory nor a converted language model"):
+        toolkit.load(tmp_path / "tower")
 
 
 def test_precision_is_that_of_the_weights(visual: Callable[[int], Path]) -> None:

@@ -109,6 +109,39 @@ def test_defaults_that_do_not_fit_are_told_with_what_does(folder: Path) -> None:
         build_model(conf, vocab_size=65536)
 
 
+@pytest.mark.parametrize(("words", "message"), [
+    (["lm.weights=HALF", *WORDS], r"lm\.weights: .* holds no rwkv\.\* tensors, only proj"),
+    (["proj.weights=FOLDER", "model.d_model=32", "encoder.width=23"], r"proj\.weights: .*\[32, 24\] for "),
+    (["lm.weights=FOLDER", *(w for w in WORDS if "d_ffn" not in w)], r"lm\.weights: .* another shape"),
+])  # fmt: skip
+def test_check_compares_sizes_with_the_header(
+    words: list[str], message: str, folder: Path, tmp_path: Path
+) -> None:
+    """`--check` builds without memory and reads no weights: what does not fit must be told all the same."""
+    save_file({"proj.weight": torch.zeros(32, 24)}, tmp_path / "half.safetensors")
+    given = [
+        w.replace("HALF", str(tmp_path / "half.safetensors")).replace("FOLDER", str(folder)) for w in words
+    ]
+    with on_meta(), pytest.raises(ValueError, match=message):
+        build_model(from_dict(one(*BLANK, *given)), vocab_size=65536)
+
+
+def test_no_image_tokens_at_all_are_refused_when_built() -> None:
+    conf = from_dict(one("encoder=colors", "projector.tokens=0", "scan=bi"))
+    with on_meta(), pytest.raises(ValueError, match=r"projector\.tokens=0 .* encoder=colors gives none"):
+        build_model(conf, vocab_size=9)
+
+
+def test_a_projector_of_another_width_is_told_before_torch(folder: Path) -> None:
+    said = problems(f"proj.weights={folder}", "projector=linear", "model.d_model=64")
+    assert "model.d_model: 64 does not fit proj.weights" in said and "fix: model.d_model=32" in said
+
+
+def test_weights_of_an_encoder_that_has_none_name_the_encoders_that_do() -> None:
+    said = problems("encoder=lite0", "encoder.weights=somewhere")
+    assert "encoder=timm (which has it)" in said and "fix: choose encoder=" in said and "fix: lm." not in said
+
+
 def test_missing_weights_say_what_to_download(tmp_path: Path) -> None:
     said = problems("lm.weights=nowhere", complete=True)
     assert "lm.weights: no file 'nowhere'" in said

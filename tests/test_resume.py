@@ -13,15 +13,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+import toolkit
 import toolkit.checkpoint
 import toolkit.rundir
+from data.tokens import WorldTokenizer
+from tests.helpers import component
 from tests.test_ranks import by_srun, ended
 from toolkit import checkpoint, graphs, resume, run
 from toolkit.lit import StageModule
+from toolkit.trunk import LanguageModel
 
 WORDS = [
     "scale=quick",
@@ -293,6 +298,46 @@ def training_step(module, batch, index):
 StageModule.training_step = training_step
 sys.exit(run.main(sys.argv[1:]))
 """
+
+
+def test_frozen_parts_with_random_weights_are_kept(launch: Callable[..., Path]) -> None:
+    """What no file holds must be in the checkpoint: building the model again draws other numbers."""
+    run_dir = launch("frozen", "stages.tune.train=[proj]", "eval.limit=1")
+    assert read(run_dir / "checkpoints" / "last" / "checkpoint.json")["parts"] == ["encoder", "proj", "rwkv"]
+    first, second = (toolkit.load(run_dir, device="cpu").weights_id for _ in range(2))
+    assert first == second
+
+
+def test_other_weights_of_a_frozen_part_are_refused(
+    launch: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run names them by path: what lies there may have been written anew since."""
+    file = tmp_path / "lm.safetensors"
+
+    def written(seed: int) -> None:
+        torch.manual_seed(seed)
+        mixers = component("recurrence", "rwkv4")(16, 2)
+        state = LanguageModel(mixers, d_model=16, n_layer=2, vocab_size=WorldTokenizer.size).state_dict()
+        save_file({name: torch.randn_like(tensor) for name, tensor in state.items()}, file)
+
+    words = [f"lm.weights={file}", "model.vocab=world", "recurrence=rwkv4", "model.d_model=16"]
+    words += ["model.n_layer=2", "scan=bi", "stages.tune.train=[proj]", "eval.limit=1"]
+    written(0)
+    asked_at(monkeypatch, 3)
+    with pytest.raises(SystemExit):
+        launch("runs", *words)
+    written(1)
+    with pytest.raises(AssertionError):  # the exit code
+        launch("runs", *words)
+    run_dir = only(tmp_path / "runs")
+    said = read(run_dir / "status.json")["error"]
+    assert "beside a frozen rwkv whose weights (lm.weights) were others" in said
+    written(0)
+    launch("runs", *words)
+    assert toolkit.load(run_dir, device="cpu").name
+    written(1)
+    with pytest.raises(ValueError, match=r"frozen rwkv whose weights \(lm\.weights\) were others"):
+        toolkit.load(run_dir, device="cpu")
 
 
 def test_two_ranks_stop_at_one_step_and_one_goes_on(

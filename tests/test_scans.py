@@ -28,6 +28,11 @@ def test_all_named_scans_are_registered() -> None:
     assert {"uni", "bi", "2d", "spiral", "snake", "zigzag", "rotation", "hilbert"} <= set(NAMES)
 
 
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "2d"])
+def test_no_patches_where_the_class_token_stands_alone(name: str) -> None:
+    assert [list(row) for row in table(name, 3, 0, 0)] == [[]] * 3
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("height", "width"), GRIDS)
 def test_every_layer_reads_every_patch_once(name: str, height: int, width: int) -> None:

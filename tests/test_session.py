@@ -297,7 +297,7 @@ def test_what_cannot_be_asked_is_refused(tmp_path: Path) -> None:
             asked()
     chat = model.chat(picture(1))
     assert chat.ask(f"<image>\n{QUESTIONS[0]}", DRAWN) == model.answer(picture(1), QUESTIONS[0], DRAWN)
-    with pytest.raises(ValueError, match="there is no image"):
+    with pytest.raises(ValueError, match="a conversation has one image"):
         chat.ask("<image> is it red?")
     assert text.answer(None, QUESTIONS[0], DRAWN) == model.answer(None, QUESTIONS[0], DRAWN)
 

@@ -28,16 +28,23 @@ def build_model(
     device: where weights that the recipe names go straight from their file; None is the default device.
     lm_dtype: of the language model's weights if they come from a file, None for the file's own, "default"
     for torch's default type.
-    Parts whose weights the recipe names (`lm.weights`, `proj.weights`) are filled from them, except on the
-    meta device. What really interacts is said here, as ValueErrors that name both recipe keys.
+    Parts whose weights the recipe names (`lm.weights`, `proj.weights`) are filled from them; on the meta
+    device names and shapes are compared with the file's header, if it is there. What really interacts is said
+    here, as ValueErrors that name both recipe keys.
     """
     d_model, n_layer = conf.model.d_model, conf.model.n_layer
     encoder = register.bind("encoder", conf.encoder)()
     projector = register.bind("projector", conf.projector)(encoder.d_out, d_model, encoder.grid)
     height, width = projector.grid
+    if not height * width and not encoder.n_extra:
+        raise ValueError(
+            f"projector.tokens={conf.projector.get('tokens')} keeps only the class token, and "
+            f"encoder={conf.encoder['name']} gives none; set encoder.class_token=true where there is one, "
+            "or projector.tokens=1"
+        )
     table = [[int(i) for i in row] for row in register.bind("scan", conf.scan)(n_layer, height, width)]
     check_table(table, n_layer, height * width, name=conf.scan["name"])
-    if conf.proj.weights and not _on_meta():
+    if conf.proj.weights:
         fill_part(
             projector, conf.proj.weights, prefix="proj.", key="proj.weights", download=DOWNLOADS["proj"]
         )
@@ -57,7 +64,7 @@ def _language_model(
     conf: RunConf, vocab_size: int, device: torch.device | None, dtype: torch.dtype | str | None
 ) -> LanguageModel:
     """From scratch, or without memory and then filled from `lm.weights`."""
-    pretrained = bool(conf.lm.weights) and not _on_meta()
+    pretrained = bool(conf.lm.weights)
     with torch.device("meta") if pretrained else contextlib.nullcontext():
         recurrence = register.bind("recurrence", conf.recurrence)(conf.model.d_model, conf.model.n_layer)
         rwkv = LanguageModel(
@@ -74,10 +81,6 @@ def _language_model(
             dtype=dtype,
         )
     return rwkv
-
-
-def _on_meta() -> bool:
-    return torch.get_default_device().type == "meta"
 
 
 def check_table(table: list[list[int]], n_layer: int, patches: int, *, name: str) -> None:

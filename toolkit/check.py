@@ -151,7 +151,9 @@ class _Walker:
             near = closest(key, [*spec.fields, *(GROUPS if node.place == COMMAND_LINE else ())])
         same = [p for p in paths(self.root, self.plan) if p.rsplit(".", 1)[-1] == key]
         others = list(unchosen(key, self.plan))
-        matches = tuple(dict.fromkeys([*same, *near, *others]))[:3]
+        # A key that another choice of this very group has is nearer than one of its name elsewhere.
+        here = [other for other in others if other.startswith(f"{path[0]}=")]
+        matches = tuple(dict.fromkeys([*here, *same, *near, *others]))[:3]
         matches = matches or tuple(closest(dotted, paths(self.root, self.plan)))
         what = f"no such key in {spec.title} (given {given(node.plain())})"
         return Problem(node.place, dotted, what, matches, self._fix(matches, node, spec))

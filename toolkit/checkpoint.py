@@ -78,7 +78,10 @@ def fault(folder: Path) -> str:
 
 
 def load(folder: Path, model: VisualRWKV) -> dict[str, Any]:
-    """Loads the weights of a checkpoint strictly into the parts it holds; returns its facts."""
+    """Loads the weights of a checkpoint strictly into the parts it holds; returns its facts.
+
+    Raises ValueError for weights that do not fit, and where the other parts are not those of the training.
+    """
     facts, parts = facts_of(folder), parts_of(folder)
     try:
         weights = load_file(folder / WEIGHTS)
@@ -96,8 +99,42 @@ def load(folder: Path, model: VisualRWKV) -> dict[str, Any]:
             f"{folder / WEIGHTS}: does not fit this model; missing {missing[:3]}, "
             f"not in the model {surplus[:3]}, of another shape {other[:3]}"
         )
+    _check_frozen(folder, facts, model)
     model.load_state_dict(weights, strict=False)
     return facts
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """Names weights: their names, shapes and 64 values of each tensor."""
+    digest = hashlib.sha256()
+    for name, weight in tensors.items():
+        flat = weight.detach().reshape(-1)
+        some = flat[:: max(1, len(flat) // 64)][:64].double().cpu()
+        digest.update(f"{name} {list(weight.shape)}".encode() + some.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def frozen_of(model: VisualRWKV, parts: Iterable[str]) -> dict[str, str]:
+    """Fingerprints of the parts that a checkpoint of `parts` does not hold."""
+    held = set(parts)
+    return {
+        part: fingerprint(module.state_dict()) for part, module in model.named_children() if part not in held
+    }
+
+
+def _check_frozen(folder: Path, facts: Mapping[str, Any], model: VisualRWKV) -> None:
+    """Refuses a model whose frozen parts are not those beside which the checkpoint's were trained."""
+    told = facts.get("frozen")
+    if not isinstance(told, dict):  # checkpoints of earlier versions tell none
+        return
+    now = frozen_of(model, facts["parts"])
+    for part in sorted(told.keys() & now.keys()):
+        if told[part] != now[part]:
+            key = {"rwkv": "lm.weights", "proj": "proj.weights"}.get(part, "encoder.weights")
+            raise ValueError(
+                f"{folder}: was trained beside a frozen {part} whose weights ({key}) were others: "
+                f"fingerprint {told[part]}, now {now[part]}; put those back that the run began with"
+            )
 
 
 def facts_of(folder: Path) -> dict[str, Any]:

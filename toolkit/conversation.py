@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from data.records import IMAGE_TAG
 from data.tokens import encode_segments
 from toolkit.continuation import Writer
 from toolkit.contracts import ImageSlot, Segment, Turn
@@ -75,6 +76,11 @@ class Conversation:
             first = model.first_turn(question, image=self.image is not None)
             return model.read_first([first], [(self.image, question)])
         if self.turns:
+            if IMAGE_TAG in question and self.image is not None:
+                raise ValueError(
+                    f"the question holds {IMAGE_TAG}, and a conversation has one image, which stands in its "
+                    f"first question; take {IMAGE_TAG} out, or begin anew with the other image"
+                )
             segments = model.first_turn(question, image=False)
         else:  # the image was read before; what follows it is left
             segments = after_image(model.first_turn(question, image=True))

@@ -94,6 +94,7 @@ def _serve(asked: Words, folder: Path) -> int:
             server.serve_forever(poll_interval=0.2)
         except KeyboardInterrupt:
             print(file=sys.stderr)
+            desk.close()
     return 0
 
 

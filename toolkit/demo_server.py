@@ -26,6 +26,8 @@ PAGE = Path(__file__).with_name("demo.html")
 KEY = "X-Demo-Key"
 MAX_IMAGE = 32 << 20
 MAX_JSON = 1 << 20
+MAX_DRAINED = 512 << 20
+"""Bytes of a body that is too large which are read and dropped, so that the page can be told."""
 LOCAL = ("127.0.0.1", "localhost", "::1")
 HTTP_PORT = 80
 """The port that browsers leave out of the name they ask."""
@@ -142,6 +144,9 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             raise Refused(411, "the request does not say its length") from error
         if not 0 <= length <= limit:
+            if limit < length <= MAX_DRAINED:  # a browser reads an answer only when it has sent everything
+                while length > 0 and (piece := self.rfile.read(min(length, 1 << 20))):
+                    length -= len(piece)
             raise Refused(413, f"too large: at most {limit >> 20} MiB")
         return self.rfile.read(length)
 

@@ -73,6 +73,13 @@ class Desk:
         """Ends the answer that is being written, if one is."""
         self._talk(name).stop.set()
 
+    def close(self) -> None:
+        """Ends all answers for good, once the token that is being written is done.
+
+        A thread inside torch while Python ends would abort the process: the others wait from now on.
+        """
+        self._turn.acquire()
+
     def ask(self, name: str, question: str, options: Sampling) -> Iterator[dict[str, Any]]:
         """Events of one answer: `read` (what the model was given), `text` pieces, `done` with its numbers.
 

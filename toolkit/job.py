@@ -147,6 +147,20 @@ def learning_parts(conf: RunConf, model: VisualRWKV) -> list[str]:
     return sorted(parts)
 
 
+def from_no_file(conf: RunConf) -> list[str]:
+    """Parts that begin with random weights: checkpoints hold them also where they stay frozen.
+
+    Nothing else could bring them back: loading a run draws other numbers.
+    """
+    begun = {"rwkv": bool(conf.lm.weights), "proj": bool(conf.proj.weights)}
+    return [*(part for part, file in begun.items() if not file), *(["encoder"] * _random(conf.encoder))]
+
+
+def _random(node: Mapping[str, Any]) -> bool:
+    """Whether an encoder, or a member of a fused one, was asked for with random weights."""
+    return node.get("weights") == "random" or any(map(_random, node.get("members") or ()))
+
+
 def train(
     task: Task,
     parts: list[str],
@@ -169,6 +183,7 @@ def train(
         return {key: facts[key] for key in _KEPT if key in facts}
     point = resume.newest(run)
     stages = resume.continued(task, planned(task), point)
+    parts = sorted({*parts, *from_no_file(task.conf)})
     saver = Saver(task, stages, parts=parts, logger=resume.loggers(task, point), point=point)
     before = resume.left_out(stages, point)
     with stopping.at_step_ends():

@@ -131,7 +131,8 @@ def converted(folder: Path, device: torch.device, precision: str, trained: Train
     """A VisualRWKV checkpoint or a language model from a folder that `toolkit.convert` wrote."""
     register.discover()
     told = config_of(str(folder)).get("parts", {})
-    parts = checked_parts(str(folder), Weights(folder / FILE)) if told and (folder / FILE).is_file() else {}
+    known = "rwkv" in told and (folder / FILE).is_file()  # a tower alone is no model
+    parts = checked_parts(str(folder), Weights(folder / FILE)) if known else {}
     if "rwkv" not in parts:
         raise ValueError(
             f"{folder}: neither a run's directory nor a converted language model; "
@@ -168,8 +169,9 @@ def known_training(folder: Path, parts: Mapping[str, Any], said: Trained) -> Tra
             f"({', '.join(sorted(register.components('prompt')))})"
         )
     if not (scan and layout):
+        unsaid = " ".join(["scan=bi"] * (not scan) + ["layout=sandwich"] * (not layout))
         scan, layout = scan or "bi", layout or "sandwich"
-        log.warning("%s: asked with scan=%s layout=%s, as v6.0 was trained", folder, scan, layout)
+        log.warning("%s: asked with %s, as v6.0 was trained", folder, unsaid)
     # v5.0 has one scan only; from v5.1 on the class token is last, and v5.1 stores its scans' orders.
     v50 = not six and scan == "uni" and not any(n in Weights(folder / FILE) for n in DERIVED)
     if v50 and not place:

@@ -10,7 +10,7 @@ from torch import nn
 
 from toolkit import register
 from toolkit.trunk import LanguageModel
-from toolkit.weights import DOWNLOADS, Weights, config_of, open_weights, part, settings_of
+from toolkit.weights import DOWNLOADS, Weights, absent, config_of, open_weights, part, settings_of
 
 
 def ghost(sizes: Mapping[str, Any]) -> LanguageModel:
@@ -38,10 +38,7 @@ def fill(
     mapped: it is never copied. Others are copied one at a time, and what was read is given back.
     dtype: of floating-point tensors; None keeps the file's. device: None is torch's default device.
     """
-    own = module.state_dict()
-    wrong = misfits({n: tuple(t.shape) for n, t in own.items()}, weights.shapes(), names)
-    if wrong:
-        raise ValueError(f"{key}: {weights.path} does not fit the model: {wrong}")
+    own = check_fit(module, weights, names, key=key)
     target = torch.get_default_device() if device is None else torch.device(device)
     filled = {}
     for name in own:
@@ -51,6 +48,17 @@ def fill(
         if filled[name] is not tensor:
             weights.release(names[name])
     module.load_state_dict(filled, strict=True, assign=True)
+
+
+def check_fit(
+    module: nn.Module, weights: Weights, names: Mapping[str, str], *, key: str
+) -> dict[str, torch.Tensor]:
+    """The module's own tensors; ValueError if those of the file differ in name or shape."""
+    own: dict[str, torch.Tensor] = module.state_dict()
+    wrong = misfits({n: tuple(t.shape) for n, t in own.items()}, weights.shapes(), names)
+    if wrong:
+        raise ValueError(f"{key}: {weights.path} does not fit the model: {wrong}")
+    return own
 
 
 def misfits(
@@ -81,18 +89,27 @@ def fill_part(
 ) -> None:
     """Fills a part of a run's model from the weights that a recipe names.
 
+    Where the default device is meta, nothing is read but the header, and a file that is not there is let
+    pass: counting parameters needs no weights, but those that are there must fit.
+
     dtype: "default" for torch's default type; else as in `fill`.
     """
+    empty = torch.get_default_device().type == "meta"
+    if empty and absent(given, key=key, download=download):
+        return
     weights = open_weights(given, key=key, download=download)
     names = part(weights, prefix)
     if not names:
         held = ", ".join(sorted({n.split(".")[0] for n in weights}))
         raise ValueError(f"{key}: {weights.path} holds no {prefix}* tensors, only {held}")
     try:
+        if empty:
+            check_fit(module, weights, names, key=key)
+            return
         kind = torch.get_default_dtype() if isinstance(dtype, str) else dtype
         fill(module, weights, names, key=key, dtype=kind, device=device)
     except ValueError as error:
-        wanted = " ".join(f"{k}={v}" for k, v in settings_of(given).items())
+        wanted = " ".join(f"{k}={v}" for k, v in settings_of(given, prefix[:-1]).items())
         raise ValueError(f"{error}" + (f"; these weights want {wanted}" if wanted else "")) from error
 
 

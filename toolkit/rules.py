@@ -178,7 +178,7 @@ def _keys(node: Config, above: str = "") -> Iterator[str]:
             yield from _keys(value, f"{above}{key}.")
 
 
-_OWNERS = {"lm": ("recurrence", "model."), "proj": ("projector",)}
+_OWNERS = {"lm": ("recurrence", "model."), "proj": ("projector", "model.d_model")}
 """Section with weights -> beginnings of the settings that these weights decide."""
 
 

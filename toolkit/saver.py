@@ -98,7 +98,8 @@ class Saver:
             weights = {checkpoint.WEIGHTS: checkpoint.weights_of(self.task.model, self.parts)}
             # For a run that is stopped after this: what its result tells of the training.
             told = {**facts, "seconds_before": self.seconds, "kernels": kernels.chosen()}
-            self._write(run.weights, weights, {"parts": self.parts, **told}, {})
+            held = {"parts": self.parts, "frozen": checkpoint.frozen_of(self.task.model, self.parts)}
+            self._write(run.weights, weights, {**held, **told}, {})
             run.note("running", step=facts["steps"])
             resume.drop(run)
         ranks.barrier()
@@ -131,7 +132,8 @@ class Saver:
         random, python = generators()
         weights = checkpoint.weights_of(model, self.parts)
         state = {**moments_of(model, optimizer), **random}
-        facts = {"parts": self.parts, **self._facts(stage, step), "python": python}
+        held = {"parts": self.parts, "frozen": checkpoint.frozen_of(model, self.parts)}
+        facts = {**held, **self._facts(stage, step), "python": python}
         tensors = {checkpoint.WEIGHTS: weights, resume.STATE: state}
         self._write(folder, tensors, facts, files)
         self._drop(total)

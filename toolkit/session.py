@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -20,6 +19,7 @@ from data.dataset import Sample
 from data.images import decode
 from data.records import IMAGE_TAG
 from data.tokens import Encoded, Tokenizer, encode_segments, trim_answer
+from toolkit.checkpoint import fingerprint
 from toolkit.continuation import continued, last_logits, until
 from toolkit.contracts import Batch, ImageFeatures, ImageSlot, Prompt, Segment, Turn, mapped
 from toolkit.conversation import GREEDY, Conversation
@@ -207,12 +207,7 @@ class Answerer:
 
         Those of tower and projector too: a stage may train the projector and nothing else.
         """
-        digest = hashlib.sha256()
-        for name, weight in (self.vision or self.rwkv).state_dict().items():
-            flat = weight.detach().reshape(-1)
-            some = flat[:: max(1, len(flat) // 64)][:64].double().cpu()
-            digest.update(f"{name} {list(weight.shape)}".encode() + some.numpy().tobytes())
-        return digest.hexdigest()[:16]
+        return fingerprint((self.vision or self.rwkv).state_dict())
 
 
 def upto_image(segments: Sequence[Segment]) -> list[Segment]:

@@ -189,10 +189,14 @@ def config_of(given: str) -> dict[str, Any]:
     return found if isinstance(found, dict) and isinstance(found.get("parts"), dict) else {}
 
 
-def settings_of(given: str) -> dict[str, Any]:
-    """Dotted recipe key -> value that the weights need, as config.json tells; empty without one."""
+def settings_of(given: str, part: str = "") -> dict[str, Any]:
+    """Dotted recipe key -> value that the weights need, as config.json tells; empty without one.
+
+    part: rwkv or proj, for what that one needs; empty for all.
+    """
     try:
-        return _settings(config_of(given).get("parts", {}))
+        parts = config_of(given).get("parts", {})
+        return _settings({part: parts[part]} if part in parts else parts if not part else {})
     except (AttributeError, LookupError, TypeError):  # not what toolkit.convert writes
         return {}
 
@@ -205,7 +209,7 @@ def _settings(parts: Mapping[str, Any]) -> dict[str, Any]:
         found |= {"model.d_model": sizes["d_model"], "model.n_layer": sizes["n_layer"]}
         found |= {f"recurrence.{k}": v for k, v in sizes["recurrence"].items() if k != "name"}
     if "proj" in parts:
-        found |= {"projector": parts["proj"]["name"]}
+        found |= {"projector": parts["proj"]["name"], "model.d_model": parts["proj"]["d_out"]}
         found |= {f"projector.{k}": v for k, v in parts["proj"].items() if k == "form"}
     return found
 

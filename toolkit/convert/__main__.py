@@ -82,7 +82,9 @@ def usage(folder: Path, parts: dict[str, Any]) -> list[str]:
         form = f" projector.form={parts['proj']['form']}" if "form" in parts["proj"] else ""
         lines.append(f"proj.weights={folder} projector={parts['proj']['name']}{form}")
     if "vit" in parts:
-        lines.append(f"encoder.weights={folder}")
+        # timm's models take CLIP's tensors too, but the paper's tower is open_clip's.
+        library = "open_clip" if "clip" in parts["vit"]["layout"].lower() else "timm"
+        lines.append(f"encoder={library} encoder.weights={folder} encoder.model=NAME")
     return lines
 
 
