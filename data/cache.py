@@ -27,7 +27,8 @@ class BlockCache:
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
-        folder.mkdir(parents=True, exist_ok=True)
+        with self._writable():
+            folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, block: str, start: int, size: int, fetch: Callable[[], bytes]) -> bytes:
         """Bytes [start, start + size) of a block, which is fetched first if it is not here.
@@ -41,7 +42,8 @@ class BlockCache:
                 found = _pread(path, start, size)
                 if found is None:
                     data = fetch()
-                    self._write(path, data)
+                    with self._writable():
+                        self._write(path, data)
                     found = data[start : start + size]
         return found
 
@@ -65,7 +67,9 @@ class BlockCache:
     def _reserve(self, size: int) -> None:
         """Makes room for a block before it is written."""
         with self._locked(".total") as handle:
-            total = int(os.pread(handle, 20, 0) or 0) + size
+            noted = os.pread(handle, 20, 0) or b"0"
+            # A number that was damaged is no reason to stop: it is counted anew as well.
+            total = (int(noted) if noted.isdigit() else self.limit) + size
             if total > self.limit:
                 # A killed process may have counted what it never wrote: counted anew here.
                 total = self._trim(self.limit * 9 // 10 - size) + size
@@ -93,9 +97,21 @@ class BlockCache:
         return total
 
     @contextmanager
+    def _writable(self) -> Iterator[None]:
+        """ValueError for a folder that cannot be written: no fault of the data, whatever the policy is."""
+        try:
+            yield
+        except OSError as error:
+            raise ValueError(
+                f"{self.folder}, the cache of blocks, cannot be written: {error.strerror}; make room there, "
+                f"lower data.cache_mb (now {self.limit >> 20}), or name another folder by paths.cache"
+            ) from error
+
+    @contextmanager
     def _locked(self, name: str) -> Iterator[int]:
         """The kernel frees the lock when its process ends, however it ends."""
-        handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+        with self._writable():
+            handle = os.open(self.folder / name, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX)
             yield handle

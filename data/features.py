@@ -8,6 +8,7 @@ import logging
 import math
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,6 +31,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+_UNKNOWN = "????????"
+"""Stands in the head of a table for the checksum of what is not written yet."""
 
 
 class FeatureTable:
@@ -104,8 +109,11 @@ def build_features(
     if dtype not in _NAMES:
         raise ValueError(f"features cannot be kept as {dtype}; use float32, float16 or bfloat16")
     records, rows = _pictured(reader)
-    if not records:
-        raise ValueError(f"{reader.folder} holds no pictures, so there are no features to keep")
+    if not records:  # a split of texts alone: what has no row is only asked for its grid and widths
+        with torch.no_grad():
+            blank = encode(stack([transform(PIL.Image.new("RGB", (64, 64)))]))
+        patches, extra = (one[:0].to("cpu", dtype) for one in (blank.patches, blank.extra))
+        return FeatureTable(patches, extra, blank.grid, rows)
     read = partial(_readable if tolerant else _picture, reader, draft)
     batches = _encoded(read, records, encode, transform, dtype, batch, progress)
     if where == "memory":
@@ -114,6 +122,9 @@ def build_features(
     identity = encoder_id + (":tolerant" if tolerant else "") + (f":draft{draft}" if draft else "")
     file = folder / f"features-{_table_id(reader, identity, dtype)}.safetensors"
     with locked(folder / f".{file.name}.lock", f"computing {file}"):
+        if tolerant and file.exists() and _mended(_load(file, rows), records, read):
+            log.warning("%s is computed again: pictures that could not be read can be now", file)
+            file.unlink()
         if not file.exists():
             _remove_parts(file)
             _fill_file(batches, len(records), dtype, file)
@@ -143,6 +154,13 @@ def _readable(reader: ShardReader, draft: int, i: int) -> Image | None:
     except (DamagedSample, BadPicture) as error:
         log.warning("no features for a damaged picture: %s", error)
         return None
+
+
+def _mended(table: FeatureTable, records: Sequence[int], read: Callable[[int], Image | None]) -> bool:
+    """Whether a picture that had no features can be read now, as after a repair."""
+    one = table.patches if table.patches.shape[1] else table.extra
+    missing = one[:, 0, 0].isnan().nonzero().flatten().tolist()
+    return any(read(records[row]) is not None for row in missing)
 
 
 def _encoded(
@@ -205,6 +223,8 @@ def _fill_file(batches: Iterator[tuple[int, ImageFeatures]], n: int, dtype: torc
             out.write(head)
             out.truncate(len(head) + ends[-1])
             _fill_mapped(batches, first, out.fileno(), len(head), ends, shapes, dtype)
+            out.seek(0)
+            out.write(head.replace(_UNKNOWN.encode(), _checksum(part, len(head)).encode()))
         sync(part)
         part.replace(file)
         sync(file.parent)
@@ -216,7 +236,9 @@ def _file_head(
     shapes: dict[str, list[int]], dtype: torch.dtype, grid: tuple[int, int]
 ) -> tuple[bytes, list[int]]:
     """The first bytes of a safetensors file and where each tensor's data ends."""
-    entries: dict[str, Any] = {"__metadata__": {"height": str(grid[0]), "width": str(grid[1])}}
+    entries: dict[str, Any] = {
+        "__metadata__": {"height": str(grid[0]), "width": str(grid[1]), "crc32": _UNKNOWN}
+    }
     ends = [0]
     for name, shape in shapes.items():
         ends.append(ends[-1] + math.prod(shape) * dtype.itemsize)
@@ -248,6 +270,17 @@ def _fill_mapped(
     mapped.flush()
 
 
+def _checksum(file: Path, start: int | None) -> str:
+    """CRC-32 of the tensors of a table, from byte `start`, None for where its head ends."""
+    found = 0
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        opened.seek(8 + size if start is None else start)
+        while part := opened.read(1 << 22):
+            found = zlib.crc32(part, found)
+    return f"{found:08x}"
+
+
 def _remove_parts(file: Path) -> None:
     for left in file.parent.glob(f".{file.name}.*.part"):
         log.warning("removing %s, left by an interrupted run", left)
@@ -259,11 +292,17 @@ def _load(file: Path, rows: Tensor) -> FeatureTable:
     try:
         with safe_open(str(file), framework="pt") as opened:
             meta = opened.metadata()
+            expected = meta.get("crc32")  # tables of earlier versions have none
             patches, extra = opened.get_tensor("patches"), opened.get_tensor("extra")
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"the feature cache {file} cannot be read: {error}; delete it to compute it again"
         ) from error
+    if expected and _checksum(file, None) != expected:
+        raise ValueError(
+            f"the feature cache {file} was damaged after it was written: CRC-32 is {_checksum(file, None)}, "
+            f"its head says {expected}; delete it to compute it again"
+        )
     if len(patches) != int((rows >= 0).sum()):
         raise ValueError(
             f"the feature cache {file} holds {len(patches):,} pictures, not the data's; delete it"

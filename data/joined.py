@@ -107,7 +107,10 @@ class JoinedFeatures:
     def __init__(self, tables: Sequence[FeatureTable], starts: Sequence[int]) -> None:
         grids = {table.grid for table in tables}
         if len(grids) > 1:
-            raise ValueError(f"the feature caches have different grids: {sorted(grids)}")
+            raise ValueError(
+                f"the feature caches have different grids: {sorted(grids)}; make those of "
+                "features with python -m toolkit.data features --whole, or make features of all of them"
+            )
         self._tables, self._starts = tables, starts
         self.streamed = True  # gathered from several tables in each step
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from data.batch import collate
 from data.dataset import Sample, Slot
+from data.failed import Failed, Fallible, passed, raised
 from data.packing import Packed
 from data.plan import Steps, divided, divisors
 from toolkit.contracts import Batch
@@ -164,18 +165,28 @@ def _heed(trainer: int) -> None:
     os._exit(0)
 
 
+class _Loader(DataLoader[Any]):
+    """A loader that raises the errors of its workers as they were."""
+
+    def __iter__(self) -> Any:
+        return raised(super().__iter__())
+
+
+def _collated(samples: Sequence[Sample] | Failed, **options: Any) -> Any:
+    return samples if isinstance(samples, Failed) else passed(lambda: collate(samples, **options))
+
+
 def _loader(
     examples: Readable, batches: Any, *, workers: int, multiple: int, pin_memory: bool
 ) -> DataLoader[Any]:
     # A generator of its own: making an iterator must not draw from the global random state.
     generator = torch.Generator()
     generator.manual_seed(0)
-    readable: Any = examples
-    return DataLoader(
-        readable,
+    return _Loader(
+        Fallible(examples),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=partial(collate, features=examples.features, multiple=multiple),
+        collate_fn=partial(_collated, features=examples.features, multiple=multiple),
         generator=generator,
         worker_init_fn=heedless,
         pin_memory=pin_memory,

@@ -15,7 +15,7 @@ from typing import Any
 from data.atomic import draft_of, locked, publish
 from data.cache import BlockCache
 from data.index import MANIFEST
-from data.remote import Origin, Remote, RemoteError
+from data.remote import Origin, Remote, RemoteError, ShortRead, Unreachable
 
 log = logging.getLogger("toolkit.data")
 
@@ -97,6 +97,8 @@ class RemoteFiles:
     def read(self, name: str, offset: int, size: int) -> tuple[bytes, str]:
         try:
             return b"".join(self._pieces(name, offset, size)), ""
+        except Unreachable:
+            raise
         except RemoteError as error:
             return b"", f"cannot be read: {error}"
 
@@ -107,6 +109,8 @@ class RemoteFiles:
             for number in self._numbers(offset, size):
                 self._cache.drop(self._path(name, number))
             found = b"".join(self._pieces(name, offset, size))
+        except Unreachable:
+            raise
         except RemoteError as error:
             return b"", f"cannot be read: {error}"
         changed = bool(before) and now != before
@@ -143,7 +147,13 @@ class RemoteFiles:
             if name not in self._tags:
                 self._checked(name)
             first = number * self._block
-            return self._remote.part(name, first, min(first + self._block, self._sizes[name]))
+            try:
+                return self._remote.part(name, first, min(first + self._block, self._sizes[name]))
+            except RemoteError as error:
+                cause = error.__cause__
+                if isinstance(cause, ShortRead) or getattr(cause, "status", None) == 416:
+                    self._checked(name)  # says if the shard was cut since it was first read
+                raise
 
         return self._cache.read(self._path(name, number), start, size, fetch)
 

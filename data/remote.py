@@ -33,6 +33,14 @@ class RemoteError(ValueError):
     """A remote file that cannot be read; the message says why and how often it was tried."""
 
 
+class Unreachable(RemoteError):
+    """A server or network that fails for longer than it is tried: no fault of the data; all policies stop."""
+
+
+class ShortRead(OSError):
+    """Fewer bytes than asked for: cut on the way, or a file that ends before."""
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a folder of shards lies and how it is read.
@@ -136,7 +144,7 @@ class Remote:
                     "serve byte ranges; use another server, or data=stream"
                 )
             if len(data) < end - start:
-                raise OSError(f"only {len(data):,} of {end - start:,} bytes arrived")
+                raise ShortRead(f"only {len(data):,} of {end - start:,} bytes arrived")
             return data
 
         return self.tried(name, once)
@@ -166,8 +174,9 @@ class Remote:
                 if final is not None:
                     raise final from error
                 if attempt == tries:
-                    raise RemoteError(
-                        f"{self.url(name)} cannot be read, tried {tries} times: {_told(error)}"
+                    raise Unreachable(
+                        f"{self.url(name)} cannot be read, tried {tries} times: {_told(error)}; when it "
+                        "can be read again, the same command goes on"
                     ) from error
                 wait = min(_LONGEST_WAIT, _FIRST_WAIT * 2 ** (attempt - 1)) * random.SystemRandom().uniform(
                     0.5, 1

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from data.cluster import Place
 from data.plan import Plan
 from data.reader import ShardReader
 from tests.data.faulty import flip
-from toolkit import data, ddp, graphs, left_out, ranks, run, train
+from toolkit import data, ddp, graphs, left_out, rank_group, ranks, run, train
 from toolkit.schema import HardwareConf, StageConf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -227,6 +228,58 @@ def test_processes_end_with_their_exit_code_whatever_the_watch_is_at(tmp_path: P
     for text in said:  # the abort is a matter of luck, the thread is not
         (names,) = [line.split()[1:] for line in text.splitlines() if line.startswith("threads:")]
         assert "MainThread" in names and "ranks" not in names
+
+
+KILLED = """
+import os, signal, sys
+import torch, torch.distributed as dist
+from toolkit import frame, rank_group, ranks
+rank_group._DEAD, rank_group._SILENT, rank_group._GRACE = 1.0, 4.0, 1.0
+signal_number, collective = int(sys.argv[1]), sys.argv[2] == "collective"
+with ranks.joined(cuda=False, last_words=lambda text: print("last words:", text)):
+    ranks.barrier()
+    if ranks.rank():
+        os.kill(os.getpid(), signal_number)
+    try:
+        dist.all_reduce(torch.ones(1)) if collective else ranks.barrier()
+    except BaseException as raised:
+        found = ranks.cause(raised)
+        print("cause:", found)
+        raise found from raised
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "where", "told"),
+    [
+        ("SIGKILL", "collective", "rank 1: ended without a word: it was killed"),
+        ("SIGKILL", "barrier", "rank 1: gave no sign of life for 4 s"),
+        ("SIGSTOP", "collective", "rank 1: gave no sign of life for 4 s"),
+        ("SIGSTOP", "barrier", "rank 1: gave no sign of life for 4 s"),
+    ],
+)
+def test_a_rank_that_is_killed_or_stopped_ends_the_others(
+    tmp_path: Path, name: str, where: str, told: str
+) -> None:
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    first, second = by_srun(str(script), str(int(getattr(signal, name))), where)
+    try:
+        said = first.communicate(timeout=60)[0]
+    finally:
+        first.kill()
+        second.kill()
+        second.communicate()
+    assert first.returncode == 1 and told in said, said
+
+
+def test_a_job_that_was_suspended_goes_on() -> None:
+    silence = rank_group.Silence(3, now=0.0)
+    assert silence.look({1: 1, 2: 1}, 3.0) == []
+    assert silence.look({1: 1, 2: 1}, 3.0 + 2 * rank_group._SILENT) == []  # all of them were
+    late = 3.0 + 2 * rank_group._SILENT
+    found = [silence.look({1: 1, 2: n}, late + 5 * n) for n in range(2, 70)]
+    assert found[0] == [] and found[-1] == [1]
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,8 +24,11 @@ COLLECTIVE = timedelta(minutes=30)
 """How long a step may wait for the slowest rank: its storage may be trying again."""
 
 _FAILED, _HEARD, _LEFT = "toolkit/failed", "toolkit/heard", "toolkit/left"
+_ALIVE = "toolkit/alive/"  # and a rank: a number that grows for as long as its process lives
 _EVERY = 0.2  # seconds between two looks for a failure
 _GRACE = 10.0  # seconds in which a process ends by itself after a failure
+_DEAD = 3.0  # seconds without a sign of life after which a rank counts as dead, where a connection broke
+_SILENT = 300.0  # the same where nothing else has failed: it may be stopped, or its machine be gone
 _GRACE_STOPPED = 120.0  # the same where a run was asked to stop, as it may be saving
 
 
@@ -52,6 +55,8 @@ class Group:
     ended: threading.Event = field(default_factory=threading.Event)
     watch: threading.Thread | None = None
 
+
+_KILLED = "ended without a word: it was killed, perhaps for want of memory, or its machine is gone"
 
 _group: Group | None = None
 _doing = ""
@@ -148,8 +153,12 @@ def _leave(group: Group) -> None:
 
 def _watch(group: Group, store: Any) -> None:
     """Looks whether a rank has failed, and ends this process if it does not do so itself."""
+    silence = Silence(group.place.world)
     while not group.ended.wait(_EVERY):
         try:
+            store.add(f"{_ALIVE}{group.place.rank}", 1)
+            if group.place.rank == 0:  # the others learn of its end by the store, which it holds
+                _note_silent(store, silence)
             if not store.check([_FAILED]):
                 continue
             failure = json.loads(store.get(_FAILED))
@@ -167,12 +176,59 @@ def _watch(group: Group, store: Any) -> None:
             os._exit(failure["code"])
 
 
+class Silence:
+    """Ranks whose count of signs of life stands still, as rank 0 sees it; times are seconds of one clock."""
+
+    def __init__(self, world: int, now: float | None = None) -> None:
+        self._last = time.monotonic() if now is None else now
+        self._seen = dict.fromkeys(range(1, world), (0, self._last))
+
+    def look(self, counts: Mapping[int, int], now: float) -> list[int]:
+        """Ranks that have been silent for _SILENT seconds."""
+        # A job that was suspended and goes on finds every rank silent, itself as well.
+        late, self._last = now - self._last > _SILENT / 10, now
+        for rank, count in counts.items():
+            if late or count != self._seen[rank][0]:
+                self._seen[rank] = (count, now)
+        return [rank for rank, (_, since) in self._seen.items() if now - since > _SILENT]
+
+    def ranks(self) -> list[int]:
+        return list(self._seen)
+
+    def due(self, now: float) -> bool:
+        return now - self._last > min(_DEAD, _SILENT / 20)
+
+
+def _note_silent(store: Any, silence: Silence) -> None:
+    """Tells all ranks of one that has given no sign of life for long."""
+    if not silence.due(time.monotonic()):
+        return
+    counts = {rank: store.add(f"{_ALIVE}{rank}", 0) for rank in silence.ranks()}
+    for rank in silence.look(counts, time.monotonic())[:1]:
+        error = f"gave no sign of life for {_SILENT:.0f} s: it was stopped, or its machine is gone"
+        store.compare_set(_FAILED, "", json.dumps({"rank": rank, "doing": "", "error": error, "code": 1}))
+
+
+def _dead(group: Group) -> dict[str, Any] | None:
+    """The first rank that has ended without a word, which breaks the connections of others."""
+    counts = [group.store.add(f"{_ALIVE}{rank}", 0) for rank in range(group.place.world)]
+    until = time.monotonic() + _DEAD
+    while time.monotonic() < until and not group.store.check([_FAILED]):
+        time.sleep(_EVERY)
+    for rank, count in enumerate(counts):
+        if rank != group.place.rank and group.store.add(f"{_ALIVE}{rank}", 0) == count:
+            found = {"rank": rank, "doing": "", "error": _KILLED, "code": 1}
+            told_first: dict[str, Any] = json.loads(group.store.compare_set(_FAILED, "", json.dumps(found)))
+            return told_first
+    return None
+
+
 def _grace(code: int) -> float:
     return _GRACE if code == 1 else _GRACE_STOPPED
 
 
 def _gone() -> dict[str, Any]:
-    return {"rank": 0, "doing": "", "error": "ended without a word", "code": 1}
+    return {"rank": 0, "doing": "", "error": _KILLED, "code": 1}
 
 
 def _code(error: BaseException) -> int:
@@ -212,16 +268,26 @@ def told(failure: dict[str, Any]) -> str:
     return f"{where}: {failure['error']}"
 
 
+def _broken(error: BaseException) -> bool:
+    """Whether a collective lost a connection, as when the process at its other end was killed."""
+    return isinstance(error, RuntimeError) and ("gloo" in str(error) or "NCCL" in str(error))
+
+
 def cause(error: BaseException) -> BaseException:
     """What ended the run: `error`, or the failure of another rank that it came from."""
     if _group is None or isinstance(error, RankFailed):
         return error
     if _group.failure is None:
+        broken = _broken(error)
         try:
-            if _group.store.check([_FAILED]):
+            if broken and not _group.store.check([_FAILED]):
+                _group.failure = _dead(_group)
+            elif _group.store.check([_FAILED]):
                 _group.failure = json.loads(_group.store.get(_FAILED))
         except RuntimeError:
-            return error
+            if not broken:
+                return error
+            _group.failure = _gone()
     found = _group.failure
     return error if found is None or found["rank"] == _group.place.rank else RankFailed(found)
 

@@ -115,6 +115,8 @@ def _records(
     rejects: list[dict[str, str]] = []
     seen: dict[str, str] = {}
     total, items = _items(file)
+    if not total:
+        raise ValueError(f"{file} holds no records; give a list of them, or leave the split out")
     for number, (place, item) in enumerate(items, 1):
         try:
             if isinstance(item, ValueError):

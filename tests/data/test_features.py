@@ -17,6 +17,7 @@ from data.reader import ShardReader
 from data.shards import write_shards
 from toolkit.contracts import NO_IMAGE, ImageFeatures
 
+from .faulty import flip
 from .helpers import Letters, conversation, mean_color, picture, plain_prompt, shard_folder
 
 
@@ -175,3 +176,42 @@ def test_wrong_choices_are_refused(reader, tmp_path):
         build(reader, tmp_path, Encode(), where="gpu")
     with pytest.raises(ValueError, match=r"cannot be kept as torch.int8"):
         build(reader, tmp_path, Encode(), dtype=torch.int8)
+
+
+def test_a_picture_that_was_repaired_gets_its_features(tmp_path):
+    folder = shard_folder(tmp_path / "s", 6)
+    first = ShardReader(folder)
+    bad = next(i for i in range(len(first)) if first.has_image(i))
+    shard, span = first.place(bad, image=True)
+    flip(folder / shard, span.offset + span.size // 2)
+    with pytest.raises(BadPicture, match="could not be read when"):
+        build(ShardReader(folder), tmp_path, Encode(), tolerant=True).fetch(bad)
+    encode = Encode()
+    build(ShardReader(folder), tmp_path, encode, tolerant=True)
+    assert not encode.seen  # still damaged: computed once
+    flip(folder / shard, span.offset + span.size // 2)
+    found = build(ShardReader(folder), tmp_path, Encode(), tolerant=True)
+    found.fetch(bad)
+    assert torch.equal(found.patches, build(ShardReader(folder), tmp_path, Encode(), where="memory").patches)
+
+
+def test_a_table_that_was_damaged_is_not_trained_on(reader, tmp_path):
+    build(reader, tmp_path, Encode())
+    (file,) = tmp_path.glob("features-*")
+    flip(file, file.stat().st_size - 20)
+    with pytest.raises(
+        ValueError, match=r"was damaged after it was written: CRC-32 is .*; delete it to compute"
+    ):
+        build(reader, tmp_path, Encode())
+
+
+@pytest.mark.parametrize("where", ["disk", "memory"])
+def test_a_split_of_texts_alone(tmp_path, where):
+    turns = conversation("q", "a", image=False)
+    made = ShardReader(write_shards([({"conversations": turns}, None)] * 3, tmp_path / "s", about={}))
+    table = build(made, tmp_path, Encode(), where=where)
+    examples = Examples(
+        made, prompt=plain_prompt, tokenizer=Letters(), n_image=4, ctx_len=64, features=table, answer=False
+    )
+    (batch,) = eval_loader(examples, batch=4)
+    assert table.grid == (2, 2) and len(batch.keys) == 3 and not list(tmp_path.glob("features-*"))

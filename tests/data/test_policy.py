@@ -17,7 +17,7 @@ from data.reader import DamagedSample, ShardReader
 from data.shards import write_shards
 from toolkit.contracts import NO_IMAGE
 
-from .faulty import BAD, CONTENT, STRUCTURE, N, records
+from .faulty import BAD, CONTENT, STRUCTURE, N, flip, records
 from .helpers import Letters, mean_color, plain_prompt, shard_folder
 
 SHARD = "shard-000000.tar"
@@ -196,3 +196,25 @@ def test_the_count_is_told_at_the_end_of_each_epoch(tmp_path, caplog):
     list(Counted(loader, plan, first_step=0, report=report))
     told = [r.getMessage() for r in caplog.records if "planned" in r.getMessage()]
     assert told == [f"epoch {e}: 6 samples planned = 5 trained + 1 reported in {report}" for e in (1, 2)]
+
+
+@pytest.mark.parametrize("name", ["a flipped bit in a picture", "a sample that is too long"])
+def test_a_fault_in_a_loader_worker_arrives_as_it_was_raised(tmp_path, name):
+    folder = shard_folder(tmp_path / "s", N)
+    options = {}
+    if name.startswith("a flipped"):
+        shard, span = ShardReader(folder).place(BAD, image=True)
+        flip(folder / shard, span.offset + span.size // 2)
+        expected: type[ValueError] = DamagedSample
+    else:
+        options, expected = {"ctx_len": 5}, ValueError
+    told = []
+    for workers in (0, 2):
+        examples = guarded(folder, tmp_path / f"r{workers}.jsonl", "strict", **options)
+        loader = train_loader(
+            examples, Plan(len(examples), 2, 0, "x"), start_step=0, end_step=N, workers=workers
+        )
+        with pytest.raises(expected) as error:
+            list(loader)
+        told.append((type(error.value), str(error.value)))
+    assert told[0] == told[1] and "Traceback" not in told[1][1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import multiprocessing
@@ -19,8 +20,9 @@ from data.cache import BlockCache
 from data.loader import train_loader
 from data.mirror import mirror
 from data.plan import Plan
+from data.policy import Guarded
 from data.reader import DamagedSample, ShardReader
-from data.remote import Origin, RemoteError
+from data.remote import Origin, RemoteError, Unreachable
 
 from .helpers import mean_color, shard_folder
 from .serving import served
@@ -174,9 +176,59 @@ def test_the_end_of_trying_names_file_tries_and_cause(server, tmp_path, waits):
     reader = reader_of(server.url, tmp_path, retries=2)
     server.failures = [503] * 20
     shard = reader.place(0, image=True)[0]
-    with pytest.raises(DamagedSample, match=rf"{server.url}/{shard} cannot be read, tried 3 times: .*503"):
+    with pytest.raises(
+        Unreachable, match=rf"{server.url}/{shard} cannot be read, tried 3 times: .*503"
+    ) as told:
         reader.image_bytes(0)
     assert len(waits) == 2
+    assert str(told.value).endswith("when it can be read again, the same command goes on")
+
+
+def test_an_outage_leaves_no_sample_out(server, tmp_path):
+    examples = examples_of(reader_of(server.url, tmp_path, retries=0), transform=mean_color)
+    guarded = Guarded(examples, policy="tolerant", report=tmp_path / "left_out.jsonl")
+    server.failures = [503] * 20
+    with pytest.raises(Unreachable, match="tried 1 times"):
+        guarded[0]
+    assert not guarded.report.exists()
+    server.failures = []
+    assert guarded[0].weight == 1
+
+
+@pytest.mark.parametrize("failures", [[], [416]])
+def test_a_shard_that_is_cut_after_its_first_read(server, tmp_path, failures):
+    files = reader_of(server.url, tmp_path, retries=0)._files
+    file = server.folder / "shard-000000.tar"
+    size = file.stat().st_size
+    assert files.read(file.name, 0, 1)[1] == ""
+    file.write_bytes(file.read_bytes()[:512])
+    server.failures = failures
+    cause = files.read(file.name, size - 100, 50)[1]
+    assert f"has 512 bytes, the manifest says {size:,}: it was cut or replaced" in cause
+
+
+def test_a_full_disk_under_the_cache_stops_with_the_fix(server, tmp_path, monkeypatch):
+    examples = examples_of(reader_of(server.url, tmp_path), transform=mean_color)
+    guarded = Guarded(examples, policy="tolerant", report=tmp_path / "left_out.jsonl")
+
+    def full(path, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("pathlib.Path.write_bytes", full)
+    with pytest.raises(
+        ValueError, match=r"blocks, the cache of blocks, cannot be written: No space left.*cache_mb"
+    ):
+        guarded[0]
+    monkeypatch.undo()
+    assert guarded[0].weight == 1
+
+
+def test_a_count_that_was_damaged_is_made_anew(tmp_path):
+    cache = BlockCache(tmp_path, 10_000)
+    cache.read("a", 0, 1, lambda: bytes(1000))
+    (tmp_path / ".total").write_bytes(bytes(20))
+    cache.read("b", 0, 1, lambda: bytes(1000))
+    assert cache.holds("a") and int((tmp_path / ".total").read_text()) == 2000
 
 
 @pytest.mark.parametrize("status", [401, 403])

@@ -10,6 +10,7 @@ import pytest
 from data import sources
 from data.images import decode
 from data.reader import ShardReader
+from data.sources.from_llava import Checks, prepare
 from tests.data.helpers import conversation, picture
 
 
@@ -161,3 +162,12 @@ def test_missing_files_and_folders_are_named(tmp_path, root):
         sources.llava(tmp_path, train=str(tmp_path / "none.json"), images=str(root))
     with pytest.raises(ValueError, match=r"data.images=.*none is no folder"):
         sources.llava(tmp_path, train=str(tmp_path / "none.json"), images=str(tmp_path / "none"))
+
+
+@pytest.mark.parametrize("text", ["[]", "\n"])
+def test_a_file_without_records_is_named(tmp_path, root, text):
+    file = tmp_path / "none.json"
+    file.write_text(text)
+    checks = Checks(root, 0, keep_repeated_ids=False, full=False)
+    with pytest.raises(ValueError, match=r"none\.json holds no records; give a list of them"):
+        prepare(tmp_path / "cache", {"train": file}, checks)
