@@ -186,7 +186,7 @@ class Silence:
     def look(self, counts: Mapping[int, int], now: float) -> list[int]:
         """Ranks that have been silent for _SILENT seconds."""
         # A job that was suspended and goes on finds every rank silent, itself as well.
-        late, self._last = now - self._last > _SILENT / 10, now
+        late, self._last = now - self._last > _SILENT / 3, now
         for rank, count in counts.items():
             if late or count != self._seen[rank][0]:
                 self._seen[rank] = (count, now)
