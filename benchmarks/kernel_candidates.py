@@ -32,10 +32,11 @@ from kernels.gpu.wkv6_forward import bounded, decays, place, prefix, suffix
 NAMES = ("states", "outputs")
 
 
-def install(module: Any = wkv6, *, values: int = 64, stages: int = 2) -> None:
-    """Puts it in the place of the walk. values: value channels of a `states` program; stages: its depth."""
+def install(*, values: int) -> None:
+    """Puts it in the place of the walk. values: value channels of a `states` program."""
+    launched: Any = wkv6  # where tune_kernels watches and limits them
     for kernel in (states, outputs):
-        setattr(module, kernel.fn.__name__, kernel)
+        setattr(launched, kernel.fn.__name__, kernel)
 
     def walk(
         go: Any, r: Tensor, k: Tensor, x: Tensor, w: Tensor, u: Tensor, y: Tensor, state: Tensor | None,
@@ -47,19 +48,19 @@ def install(module: Any = wkv6, *, values: int = 64, stages: int = 2) -> None:
         if chunks is None:
             chunks = torch.empty(go.slots, heads, n, n, dtype=torch.float32, device=r.device)
         asked = r if reverse else k
-        module.states[(heads * (n // size), go.grid[1])](
+        launched.states[(heads * (n // size), go.grid[1])](
             asked, x, w, state, final, chunks, carry, cu, lengths, go.table,
             time, heads, p.per_segment, p.slots, p.segments, *wkv6._strides(asked, x, w),
             N=n, BV=size, L=go.tiles.chunk, **go.flags, HAS_STATE=state is not None, CARRY=go.carried,
-            REVERSE=reverse, num_warps=4, num_stages=stages,
+            REVERSE=reverse, num_warps=4, num_stages=2,
         )  # fmt: skip
-        module.outputs[(heads * (n // go.tiles.values), go.slots)](
+        launched.outputs[(heads * (n // go.tiles.values), go.slots)](
             r, k, x, w, u.contiguous(), y, chunks, scores, flags, cu, lengths, go.chunk_table,
             time, heads, p.slots, *wkv6._strides(r, k, x, w),
             N=n, BV=go.tiles.values, L=go.tiles.chunk, **go.flags, REVERSE=reverse, num_warps=4, num_stages=1,
         )  # fmt: skip
 
-    module._walk = walk
+    launched._walk = walk
 
 
 @triton.jit(do_not_specialize=["T", "H", "per_segment", "slots", "segments"])

@@ -149,6 +149,8 @@ def main() -> None:
     for name, most in chosen.registers:
         if not hasattr(wkv6, name):
             parser.error(f"--registers {name}={most} is for --apart")
+        if chosen.apart and name == "walk":
+            parser.error("--apart has no walk; write --registers for states or outputs")
         setattr(wkv6, name, Limited(getattr(wkv6, name), most))
     for text in chosen.tiles:
         if text:

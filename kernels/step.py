@@ -21,9 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .checks import check_state, check_weight
+from .checks import check_weight
 from .dispatch import backends, interpreted, pick, register
 from .mix import wide
+from .step_checks import check_decay, check_rows, check_shares, check_step, check_token
 
 
 @contextmanager
@@ -90,10 +91,10 @@ def wkv4_step_(
     base: the decay's parameter: the log decay is then -exp(base + log_w), log_w None standing for 0.
     gate: [B,D]; y is multiplied by its sigmoid. Raises ValueError for wrong shapes, dtypes and layouts.
     """
-    _check_token("wkv4_step", "k", k, "B, D")
+    check_token("wkv4_step", "k", k, "B, D")
     batch, width = k.shape
-    _check_step("wkv4_step", k, u, (width,), state, (batch, 3, width), (k, v, gate))
-    _check_decay("wkv4_step", log_w, base, k, (width,))
+    check_step("wkv4_step", k, u, (width,), state, (batch, 3, width), (k, v, gate))
+    check_decay("wkv4_step", log_w, base, k, (width,))
     return _run("wkv4_step", backend, k, v, log_w, base, u, state, gate)
 
 
@@ -113,10 +114,10 @@ def wkv5_step_(
 
     base [H,N] as in `wkv4_step_`. ending: head norm and gate, applied to the unrounded y.
     """
-    _check_token("wkv5_step", "r", r, "B, H, N")
+    check_token("wkv5_step", "r", r, "B, H, N")
     batch, heads, size = r.shape
-    _check_step("wkv5_step", r, u, (heads, size), state, (batch, heads, size, size), (r, k, v))
-    _check_decay("wkv5_step", log_w, base, r, (heads, size))
+    check_step("wkv5_step", r, u, (heads, size), state, (batch, heads, size, size), (r, k, v))
+    check_decay("wkv5_step", log_w, base, r, (heads, size))
     return _run("wkv5_step", backend, r, k, v, log_w, base, u, state, ending)
 
 
@@ -133,11 +134,11 @@ def wkv6_step_(
     backend: str | None = None,
 ) -> Tensor:
     """One step of `wkv6`: as `wkv5_step_` with log_w [B,H,N], whose dtype may differ from r's."""
-    _check_token("wkv6_step", "r", r, "B, H, N")
+    check_token("wkv6_step", "r", r, "B, H, N")
     batch, heads, size = r.shape
     check_weight("wkv6_step", "log_w", log_w, r.shape, "B, H, N", r)
-    _check_step("wkv6_step", r, u, (heads, size), state, (batch, heads, size, size), (r, k, v))
-    _check_decay("wkv6_step", None, base, r, (heads, size))
+    check_step("wkv6_step", r, u, (heads, size), state, (batch, heads, size, size), (r, k, v))
+    check_decay("wkv6_step", None, base, r, (heads, size))
     return _run("wkv6_step", backend, r, k, v, log_w, base, u, state, ending)
 
 
@@ -160,8 +161,8 @@ def norm_shift_step_(
     """
     if len(mixes) > 4:
         raise ValueError(f"norm_shift_step: {len(mixes)} mixes; give at most four")
-    _check_rows("norm_shift_step", x=x, previous=previous)
-    _check_shares("norm_shift_step", mixes, x.shape[1])
+    check_rows("norm_shift_step", x=x, previous=previous)
+    check_shares("norm_shift_step", mixes, x.shape[1])
     kernel = pick("norm_shift_step", backend, x.device, _unfit(x, x.shape[-1] / 64))
     mixed: tuple[Tensor, Tensor] = kernel(x, late, norm, previous, mixes, of_previous, dtype, keep)
     return mixed
@@ -189,8 +190,8 @@ def ddlerp_step_(
             f"ddlerp_step: {len(mixes)} mixes, low {list(low.shape)}, weight {list(weight.shape)}; expected "
             f"5, [B, 5 * R] and [5, R, D] for x {list(x.shape)}"
         )
-    _check_rows("ddlerp_step", x=x, previous=previous)
-    _check_shares("ddlerp_step", mixes, x.shape[1])
+    check_rows("ddlerp_step", x=x, previous=previous)
+    check_shares("ddlerp_step", mixes, x.shape[1])
     unfit = _unfit(x, weight.shape[1])
     if interpreted() and low.dtype == torch.bfloat16:
         unfit = "Triton's interpreter computes bfloat16 products wrongly"
@@ -213,57 +214,6 @@ def _unfit(x: Tensor, size: float) -> str:
     if x.dtype == torch.float64:
         return "float64 runs on the torch backend"
     return f"a size above {SIZES} does not fit one program's registers" if size > SIZES else ""
-
-
-def _check_step(
-    op: str,
-    x: Tensor,
-    u: Tensor,
-    weight: tuple[int, ...],
-    state: Tensor,
-    square: tuple[int, ...],
-    rows: Sequence[Tensor | None],
-) -> None:
-    """The state can be overwritten where it lies; all per-token tensors have one shape."""
-    if any(row is not None and row.shape != x.shape for row in rows):
-        shapes = [list(row.shape) for row in rows if row is not None]
-        raise ValueError(f"{op}: per-token tensors of shapes {shapes}; all must be {list(x.shape)}")
-    check_weight(op, "u", u, weight, "H, N" if len(weight) == 2 else "D", x)
-    check_state(op, state, square, "B, H, N, N" if len(weight) == 2 else "B, 3, D", x)
-    if not state.is_contiguous():
-        raise ValueError(
-            f"{op}: state is not contiguous, and it is updated in place; pass a contiguous tensor"
-        )
-
-
-def _check_token(op: str, name: str, x: Tensor, axes: str) -> None:
-    """One token of floats, [B, D] or [B, H, N]."""
-    if x.dim() != axes.count(",") + 1 or not x.is_floating_point():
-        raise ValueError(f"{op}: {name} is {x.dtype} of shape {list(x.shape)}; expected floats [{axes}]")
-
-
-def _check_decay(
-    op: str, log_w: Tensor | None, base: Tensor | None, x: Tensor, shape: tuple[int, ...]
-) -> None:
-    """The decay and its parameter, as far as they are given, have u's shape: kernels read so many numbers."""
-    for name, one in (("log_w", log_w), ("base", base)):
-        if one is not None:
-            check_weight(op, name, one, shape, "H, N" if len(shape) == 2 else "D", x)
-
-
-def _check_shares(op: str, mixes: Sequence[Tensor], width: int) -> None:
-    """Shares of D elements each, in any shape."""
-    if any(mix.numel() != width for mix in mixes):
-        found = [list(mix.shape) for mix in mixes]
-        raise ValueError(f"{op}: mixes have shapes {found}; expected D = {width} elements each")
-
-
-def _check_rows(op: str, **rows: Tensor) -> None:
-    """Tensors that are overwritten: [B,D], contiguous, of one shape."""
-    shapes = {tuple(row.shape) for row in rows.values()}
-    if len(shapes) > 1 or any(row.dim() != 2 or not row.is_contiguous() for row in rows.values()):
-        found = ", ".join(f"{name} {list(row.shape)}" for name, row in rows.items())
-        raise ValueError(f"{op}: {found}; both must be contiguous [B, D]")
 
 
 def _log_decay(log_w: Tensor | None, base: Tensor | None, kind: torch.dtype) -> Tensor:

@@ -29,7 +29,7 @@ python -m toolkit.data ACTION ...   (ACTION --help says more)
 
 Exit codes: 0 done, 2 the request cannot be run, 3 the data have faults."""
 
-EXIT_BAD_REQUEST, EXIT_FAULTS = 2, 3
+EXIT_FAULTS = 3
 _ELSEWHERE = {
     "index": "toolkit.data_tars:index",
     "verify": "toolkit.data_tars:verify",

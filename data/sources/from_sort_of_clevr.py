@@ -28,7 +28,6 @@ _COLORS = ("red", "green", "blue", "orange", "gray", "yellow")
 # Paper: the size of the objects is not published; 11 pixels is what reimplementations use.
 _SIZE = 11
 _ASKED = 10  # relational questions about a picture, and as many others
-_PICTURES = {"train": 9800, "test": 200}
 
 
 @dataclass(frozen=True)

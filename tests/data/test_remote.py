@@ -16,7 +16,6 @@ from collections import Counter
 import fsspec
 import pytest
 
-from data.cache import BlockCache
 from data.loader import train_loader
 from data.mirror import mirror
 from data.plan import Plan
@@ -112,34 +111,6 @@ def test_processes_of_a_node_fetch_each_block_once(server, tmp_path):
     assert fetched and set(fetched.values()) == {1}
 
 
-def test_the_cache_keeps_its_limit(tmp_path):
-    cache = BlockCache(tmp_path, 10_000)
-    for turn in range(100):
-        data = bytes([turn]) * 900
-        assert cache.read(f"x/{turn}", 10, 20, lambda data=data: data) == data[10:30]
-        held = [f.stat().st_size for f in (tmp_path / "x").iterdir()]
-        assert sum(held) <= 10_000
-    assert len(held) > 5
-
-
-def test_the_cache_keeps_what_was_used_last(tmp_path):
-    cache = BlockCache(tmp_path, 10_000)
-    for turn in range(10):
-        cache.read(f"{turn}", 0, 1, lambda: bytes(1000))
-        os.utime(tmp_path / str(turn), (turn + 1, turn + 1))
-    cache.read("3", 0, 1, lambda: pytest.fail("was here"))
-    cache.read("new", 0, 1, lambda: bytes(1000))
-    assert cache.holds("3") and cache.holds("new") and not cache.holds("0")
-
-
-def test_a_cache_miscounted_by_a_killed_process_counts_anew(tmp_path):
-    cache = BlockCache(tmp_path, 10_000)
-    cache.read("a", 0, 1, lambda: bytes(1000))
-    (tmp_path / ".total").write_text(f"{9_900:020d}")
-    cache.read("b", 0, 1, lambda: bytes(1000))
-    assert cache.holds("a") and int((tmp_path / ".total").read_text()) == 2000
-
-
 def test_the_cache_of_a_reader_is_bounded(good, server, tmp_path):
     reader = reader_of(server.url, tmp_path, cache_mb=1, block_kb=2)
     reader._files._cache.limit = 20_000
@@ -221,14 +192,6 @@ def test_a_full_disk_under_the_cache_stops_with_the_fix(server, tmp_path, monkey
         guarded[0]
     monkeypatch.undo()
     assert guarded[0].weight == 1
-
-
-def test_a_count_that_was_damaged_is_made_anew(tmp_path):
-    cache = BlockCache(tmp_path, 10_000)
-    cache.read("a", 0, 1, lambda: bytes(1000))
-    (tmp_path / ".total").write_bytes(bytes(20))
-    cache.read("b", 0, 1, lambda: bytes(1000))
-    assert cache.holds("a") and int((tmp_path / ".total").read_text()) == 2000
 
 
 @pytest.mark.parametrize("status", [401, 403])
