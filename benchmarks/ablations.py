@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=RESULTS, metavar="DIR", help="default: benchmarks/results"
     )
-    options = parser.parse_args(argv)
+    options = parser.parse_intermixed_args(argv)
     words = [word for word in options.words if "=" in word]
     names = [word for word in options.words if "=" not in word] or list(TABLES)
     return max(one(name.removeprefix("ablation/"), options.scale, words, options.out) for name in names)

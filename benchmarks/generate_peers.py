@@ -174,7 +174,14 @@ class Llama:
             self.token = torch.ones(batch, dtype=torch.long)
             angle = position / 10000 ** (torch.arange(HEAD // 2) / (HEAD // 2))
             self.turn = (angle.cos().to(dtype), angle.sin().to(dtype))
-        self.step: Callable[[], object] = self._captured() if device == "cuda" else self._step
+        self._graph = self._captured() if device == "cuda" else None
+
+    def step(self) -> None:
+        """One token. A method: a graph alone does not keep the tensors alive that it reads."""
+        if self._graph is None:
+            self._step()
+        else:
+            self._graph.replay()
 
     @torch.inference_mode()
     def _step(self) -> None:
@@ -183,7 +190,7 @@ class Llama:
             x = layer(x, cache, self.turn)
         self.token.copy_(self.head(self.norm(x)).argmax(-1))
 
-    def _captured(self) -> Callable[[], object]:
+    def _captured(self) -> torch.cuda.CUDAGraph:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -193,8 +200,7 @@ class Llama:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._step()
-        self._graph = graph
-        return graph.replay
+        return graph
 
 
 def transformers_llama(

@@ -7,6 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from functools import partial
+from math import ceil
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -139,11 +140,15 @@ def eval_loader(
     multiple: int = 1,
     pin_memory: bool = False,
 ) -> DataLoader[Batch]:
-    """The first `limit` examples (0: all) once each and in order; a rank takes a contiguous part."""
+    """The first `limit` examples (0: all) once each and in order; a rank takes a contiguous part.
+
+    Batches are as even as can be, `batch` at most: what is built for one size serves nearly all of them.
+    """
     n = min(limit or len(examples), len(examples))
     part = range(n * rank // world, n * (rank + 1) // world)
     slots = [(j, 1.0) for j in part]
-    batches = [slots[start : start + batch] for start in range(0, len(slots), batch)]
+    size = ceil(len(slots) / max(1, ceil(len(slots) / batch)))
+    batches = [slots[start : start + size] for start in range(0, len(slots), max(1, size))]
     return _loader(examples, batches, workers=workers, multiple=multiple, pin_memory=pin_memory)
 
 

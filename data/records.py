@@ -83,11 +83,13 @@ def check_depth(value: Any, where: str) -> None:
 
 def _deeper(value: Any, levels: int) -> bool:
     """Whether lists and objects are nested more than `levels` deep."""
-    if isinstance(value, dict):
-        value = list(value.values())
-    if not isinstance(value, list):
-        return False
-    return levels == 0 or any(_deeper(v, levels - 1) for v in value if isinstance(v, (dict, list)))
+    layer = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(levels + 1):
+        if not layer:
+            return False
+        inner = [v.values() if isinstance(v, dict) else v for v in layer]
+        layer = [v for values in inner for v in values if isinstance(v, (dict, list))]
+    return True
 
 
 def parse_record(text: bytes, where: str, layout: Mapping[str, Any] | None, n_images: int) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from data.reader import ShardReader
 from data.records import Example
 from data.streamed import Streamed
 from data.tokens import CompactTokenizer, Tokenizer, WorldTokenizer
-from toolkit import register
+from toolkit import kept, register
 from toolkit.contracts import DataSource, ImageFeatures, Prompt, Text, Unindexed, mapped
 from toolkit.data_stored import stored
 from toolkit.explain import closest
@@ -68,17 +68,28 @@ class Corpus:
 
     def _tokenizer(self) -> Tokenizer:
         """The whole world vocabulary, or the ids that occur in the run's splits, renumbered."""
+        world = kept.once("world vocabulary", WorldTokenizer)
         if self.conf.model.vocab == "world":
-            return WorldTokenizer()
-        return CompactTokenizer.collect(self._texts(), WorldTokenizer())
+            return world
+        used = self._prompted()
+        key = ("vocabulary", *((self.identity(split), kept.named(prompt)) for split, prompt in used))
+        return kept.once(key, lambda: CompactTokenizer.collect(self._texts(used), world))
 
-    def _texts(self) -> Iterable[str]:
+    def _prompted(self) -> list[tuple[str, Prompt]]:
+        """Every split that is read, with the prompt that its dialogs are put into."""
         stages = self.conf.stages.items()
         used = [(split, self.prompts[n]) for n, s in stages for split in (shares(n, s) or [s.split])]
         asked = [split for key, split in wanted(self.conf) if key.startswith("eval.")]
-        for split, prompt in [*used, *((split, self.prompt) for split in asked)]:
+        return [*used, *((split, self.prompt) for split in asked)]
+
+    def _texts(self, used: Iterable[tuple[str, Prompt]]) -> Iterable[str]:
+        for split, prompt in used:
             for example in readable(self.readers[split], policy=self.policy(split)):
                 yield from (s.text for s in prompt(example.turns) if isinstance(s, Text))
+
+    def identity(self, split: str) -> tuple[str, str]:
+        """What tells the texts of a split that is read by an index from others: (manifest hash, policy)."""
+        return self.readers[split].manifest_hash, self.policy(split)
 
     @property
     def hashes(self) -> dict[str, str | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -14,6 +14,7 @@ from data.loader import per_step, train_loader
 from data.packing import Packed
 from data.plan import Resumable
 from data.policy import Counted, Guarded, reported
+from toolkit import kept
 from toolkit.contracts import Batch
 from toolkit.corpus import Corpus
 from toolkit.left_out import over_ranks, part
@@ -44,6 +45,10 @@ class Feed(Protocol):
     @property
     def apart(self) -> Any:
         """The data once more, for what is tried before training; None where there is no other."""
+
+    @property
+    def key(self) -> Hashable | None:
+        """Names the texts of `apart` among all that this process reads; None if nothing can."""
 
     @property
     def features(self) -> Any:
@@ -100,6 +105,7 @@ class Planned:
     plan: Any
     dataset: Guarded
     apart: Guarded
+    key: Hashable
     name: str
     stage: StageConf
 
@@ -181,7 +187,15 @@ def feed(conf: RunConf, corpus: Corpus, name: str, model: VisualRWKV, features: 
         made: Any = samples(conf, corpus, name, model, features)
         return Guarded(made, policy=policy, report=report)
 
-    return Planned(order(conf, corpus, name, n_image=model.n_image), guarded(), guarded(), name, stage)
+    plan = order(conf, corpus, name, n_image=model.n_image)
+    return Planned(plan, guarded(), guarded(), _key(conf, corpus, name, model.n_image), name, stage)
+
+
+def _key(conf: RunConf, corpus: Corpus, name: str, n_image: int) -> Hashable:
+    """All that the texts of a stage depend on."""
+    read = tuple(corpus.identity(split) for split in splits(conf, name))
+    prompt = kept.named(corpus.prompts[name])
+    return ("samples", read, prompt, corpus.tokenizer, n_image, conf.model.ctx_len, conf.model.overlong)
 
 
 def samples(

@@ -22,7 +22,7 @@ from toolkit.model import VisualRWKV
 from toolkit.rundir import RunDir, provenance, write_json, write_text
 from toolkit.saver import Saver, StepEnds
 from toolkit.schema import RunConf
-from toolkit.scoring import check_scored, chosen_by, evaluate, floors, probes, scored_examples
+from toolkit.scoring import check_scored, chosen_by, evaluate, floors_of, probes
 from toolkit.stages import Stage, Task, announce, captured, planned, step_seconds, warn_without_gpu
 from toolkit.train import (
     choose_kernels,
@@ -118,7 +118,7 @@ def execute(
     learned_from = list(conf.stages.values())[-1].split
     return {
         **metrics.summary(predictions),
-        **floors(corpus.texts(learned_from), scored_examples(conf, corpus)),
+        **floors_of(conf, corpus, learned_from),
         "image_tokens": model.n_image,
         **facts,
         "curve": curve.read(run.curve),

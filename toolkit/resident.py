@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from toolkit import kept
 from toolkit.contracts import IGNORE, NO_IMAGE, PAD_ID, Batch, ImageFeatures, mapped
 
 _SHARE = 8
@@ -20,12 +22,12 @@ class Unfit(RuntimeError):
 
 
 @dataclass(frozen=True)
-class Resident:
-    """Every sample of a split, n of them, padded to the longest; S different texts.
+class Texts:
+    """The texts of every sample of a split, n of them, padded to the longest; S different ones.
 
     text: [n] row of a sample in ids, labels [S, T], lengths, image_start [S] and answers [S, A]: the
     positions before a label; the last position, which has none after it, fills shorter rows.
-    row: [n] its picture in the features, patches [n_images, P, D] and extra [n_images, E, D].
+    row: [n] its picture, counted in the order in which pictures occur.
     """
 
     text: Tensor
@@ -35,6 +37,12 @@ class Resident:
     image_start: Tensor
     answers: Tensor
     row: Tensor
+
+
+@dataclass(frozen=True)
+class Resident(Texts):
+    """Texts with the features of the pictures: patches [n_images, P, D] and extra [n_images, E, D]."""
+
     features: ImageFeatures
 
     def batch(self, items: Tensor, weight: Tensor) -> Batch:
@@ -59,11 +67,18 @@ class Resident:
         )
 
 
-def load(examples: Any, device: torch.device) -> Resident:
-    """Reads every example once and puts all on the device. Raises Unfit where that cannot be.
+def load(examples: Any, device: torch.device, *, key: Hashable | None = None) -> Resident:
+    """Puts every example on the device. Raises Unfit where that cannot be.
 
-    examples: a data set of samples with `features`, a table of pictures that gathers by record.
+    examples: a data set of samples with `features`, a table of pictures that gathers by record. key: names
+    its texts for the next run of this process that asks for them (`kept.once`).
     """
+    texts, records = read(examples) if key is None else kept.once(key, lambda: read(examples))
+    return moved(Resident(**vars(texts), features=table(examples.features, records, device)), device)
+
+
+def read(examples: Any) -> tuple[Texts, list[int]]:
+    """Reads every example once: texts, and the record of each picture. Unfit for what cannot be held."""
     texts: dict[int, tuple[int, Tensor, Tensor, int]] = {}  # by the ids' address: equal texts share a tensor
     pictures: dict[int, int] = {}  # record -> row
     text: list[int] = []
@@ -77,7 +92,7 @@ def load(examples: Any, device: torch.device) -> Resident:
         row.append(pictures.setdefault(sample.record, len(pictures)))
     _, ids, labels, starts = zip(*texts.values(), strict=True)
     padded = pad_sequence(list(labels), batch_first=True, padding_value=IGNORE)  # [S, T]
-    made = Resident(
+    made = Texts(
         text=torch.tensor(text),
         ids=pad_sequence(list(ids), batch_first=True, padding_value=PAD_ID),
         labels=padded,
@@ -85,9 +100,8 @@ def load(examples: Any, device: torch.device) -> Resident:
         image_start=torch.tensor(starts),
         answers=answer_positions(padded),
         row=torch.tensor(row),
-        features=table(examples.features, list(pictures), device),
     )
-    return moved(made, device)
+    return made, list(pictures)
 
 
 def table(features: Any, records: list[int], device: torch.device) -> ImageFeatures:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -14,7 +15,7 @@ from data.dataset import Examples
 from data.floors import blind, majority
 from data.loader import eval_loader
 from data.records import Example
-from toolkit import ranks
+from toolkit import kept, ranks
 from toolkit.corpus import Corpus
 from toolkit.curve import Probe
 from toolkit.evaluate import answer_all
@@ -131,6 +132,18 @@ def probes(
 
     steps = {"first_step": first_step, "last_step": last_step, "start": start}
     return [Probe(run.curve, every=conf.eval.every, **steps, score=score)]
+
+
+def floors_of(conf: RunConf, corpus: Corpus, learned_from: str) -> dict[str, Any]:
+    """The floors of what evaluation asks; learned_from: the split whose answers `blind` knows."""
+
+    def measured() -> dict[str, Any]:
+        return floors(corpus.texts(learned_from), scored_examples(conf, corpus))
+
+    if learned_from not in corpus.readers:
+        return measured()
+    asked = corpus.identity(learned_from), corpus.identity(conf.eval.split), conf.eval.limit
+    return copy.deepcopy(kept.once(("floors", *asked), measured))
 
 
 def floors(train: Iterable[Example] | None, scored: Sequence[Example]) -> dict[str, Any]:

@@ -108,7 +108,7 @@ def captured(task: Task, stage: Stage) -> tuple[graphs.Steps | None, float, str]
         try:
             steps = graphs.Steps(
                 task.model,
-                resident.load(stage.feed.apart, task.device),
+                resident.load(stage.feed.apart, task.device, key=stage.feed.key),
                 stage.plan,
                 stage=stage.conf,
                 loss=conf.loss,

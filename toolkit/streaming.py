@@ -29,6 +29,7 @@ class Streaming:
     loaders: list[Limited] = field(default_factory=list)
 
     apart = None
+    key = None
     features = None
     per_epoch = None
     eager = "samples are streamed"

@@ -213,6 +213,10 @@ def test_evaluation_reads_each_example_once_in_order(reader):
     for world in (2, 3, 7):
         parts = [keys_of(eval_loader(examples, batch=4, rank=rank, world=world)) for rank in range(world)]
         assert [key for part in parts for key in part] == everything
+    sizes = [len(batch.keys) for batch in eval_loader(examples, batch=10)]
+    assert sizes == [9, 9, 9, 9]  # even, so that a decoder of one size serves them all
+    assert [len(batch.keys) for batch in eval_loader(examples, batch=5, limit=7)] == [4, 3]
+    assert not list(eval_loader(examples, batch=5, rank=0, world=40))
 
 
 def test_what_does_not_divide_is_refused(reader):
