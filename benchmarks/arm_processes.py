@@ -25,13 +25,13 @@ def child(recurrence: str, cache: Path, device: str) -> int:
 
 
 class Children:
-    """Processes that share the GPU."""
+    """Processes that share the GPU. environment: all of theirs."""
 
     def __init__(self, count: int, cache: Path, device: str, environment: Mapping[str, str]) -> None:
         command = [sys.executable, "-m", "benchmarks.arms", "--child", "rwkv6"]
         command += ["--cache", str(cache), "--device", device]
         cores = len(os.sched_getaffinity(0))
-        env = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // count)), **environment}
+        env = {"OMP_NUM_THREADS": str(max(1, cores // count)), **environment}
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self._all = [subprocess.Popen(command, env=env, **pipes) for _ in range(count)]
         for process in self._all:

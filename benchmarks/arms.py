@@ -135,6 +135,7 @@ def main() -> int:
     logging.getLogger("toolkit").setLevel(logging.ERROR)
     if args.child:
         return child(args.child, args.cache, args.device)
+    own = dict(os.environ)  # what processes of one arm get
     os.environ |= {**CONNECTIONS, **os.environ}
     import torch
 
@@ -146,7 +147,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
         alone(report, cache, args.device, args.seconds)
-        processes(report, cache, args.device, args.seconds, "CUDA graphs, processes", {})
+        processes(report, cache, args.device, args.seconds, "CUDA graphs, processes", own)
         one_process(report, cache, args.device, args.seconds)
         if args.mps:
             with multi_process_service() as environment:
@@ -154,7 +155,7 @@ def main() -> int:
                     report.left_out.append("MPS (no daemon here)")
                 else:
                     how = "CUDA graphs, processes, MPS"
-                    processes(report, cache, args.device, args.seconds, how, environment)
+                    processes(report, cache, args.device, args.seconds, how, {**own, **environment})
     report.write()
     print(report.table())
     return 0

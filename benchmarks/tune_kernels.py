@@ -4,7 +4,6 @@
     python -m benchmarks.tune_kernels --tiles 64,64,4,2,32,4 64,64,4,3,32,4 --shapes 8,2048,40
     python -m benchmarks.tune_kernels --regime mixed --decay fp32
     python -m benchmarks.tune_kernels --registers walk=168 backward=168 --programs 396  # three on each SM
-    python -m benchmarks.tune_kernels --apart 32 --registers outputs=168      # the walk in two kernels
 
 Tiles are the fields of `kernels.gpu.wkv6.Tiles` for head size 64. Device time, medians, rotating inputs;
 then, behind the bar, each kernel of one backward pass. Prints only: what is chosen goes into the table.
@@ -21,11 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.kernel_candidates import NAMES
 from benchmarks.kernel_inputs import REGIMES
 
 SHAPES = ("8,2048,40", "1,16384,40", "8,4096,32", "8,1024,32", "16,512,8")
-KERNELS = ("local", "combine", "strong_scores", "walk", "backward", "backward_strong", *NAMES)
+KERNELS = ("local", "combine", "strong_scores", "walk", "backward", "backward_strong")
 SETS, TURNS = 3, 11
 
 
@@ -104,7 +102,7 @@ def measure(shape: list[int], regime: str, decay: str) -> str:
         return torch.ops.visualrwkv.wkv6_backward(*sets[i][:5], None, None, *saved[i][2:], sets[i][5], None)
 
     times = timed(lambda i: forward(i, True)), timed(lambda i: forward(i, False)), timed(backward)
-    watched = {name: Watched(getattr(wkv6, name)) for name in KERNELS if hasattr(wkv6, name)}
+    watched = {name: Watched(getattr(wkv6, name)) for name in KERNELS}
     for name, kernel in watched.items():
         setattr(wkv6, name, kernel)
     try:
@@ -131,7 +129,6 @@ def registers(text: str) -> tuple[str, int]:
 
 def main() -> None:
     """Entry point."""
-    from benchmarks import kernel_candidates
     from kernels.gpu import wkv6
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks.tune_kernels")
@@ -140,22 +137,15 @@ def main() -> None:
     parser.add_argument("--regime", default="typical", choices=REGIMES)
     parser.add_argument("--decay", default="bf16", choices=("bf16", "fp32", "static"))
     parser.add_argument("--programs", type=int, default=wkv6.PROGRAMS, help="walks that run at once")
-    parser.add_argument("--apart", type=int, default=0, choices=(32, 64), help="value channels of `states`")
     parser.add_argument("--registers", nargs="*", default=[], type=registers, help="KERNEL=N a thread")
     chosen = parser.parse_args()
     wkv6.PROGRAMS = chosen.programs
-    if chosen.apart:
-        kernel_candidates.install(values=chosen.apart)
     for name, most in chosen.registers:
-        if not hasattr(wkv6, name):
-            parser.error(f"--registers {name}={most} is for --apart")
-        if chosen.apart and name == "walk":
-            parser.error("--apart has no walk; write --registers for states or outputs")
         setattr(wkv6, name, Limited(getattr(wkv6, name), most))
     for text in chosen.tiles:
         if text:
             wkv6.TILES[64] = wkv6.Tiles(*map(int, text.split(",")))
-        told = f"programs {wkv6.PROGRAMS} apart {chosen.apart} registers {dict(chosen.registers)}"
+        told = f"programs {wkv6.PROGRAMS} registers {dict(chosen.registers)}"
         print(wkv6.TILES[64], told, flush=True)
         for shape in chosen.shapes:
             try:

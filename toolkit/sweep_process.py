@@ -35,7 +35,7 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             pass_fds=theirs,
-            env=environment(gpu),
+            env=environment(gpu, lanes=lanes),
             start_new_session=True,  # Ctrl-C is the parent's alone
         )
         for one in theirs:
@@ -137,13 +137,14 @@ class Worker:
 
 
 CONNECTIONS = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-"""With fewer, streams of a process wait for each other."""
+"""With fewer, streams of a process wait for each other. Not for processes of one row: a GPU has so many
+queues, and a dozen processes that set aside 32 each leave none (CUDA says "out of memory")."""
 
 
-def environment(gpu: str) -> dict[str, str]:
+def environment(gpu: str, *, lanes: int) -> dict[str, str]:
     """The parent's environment and import path, and which GPU the worker sees."""
     path = [entry or os.getcwd() for entry in sys.path]
     # Waiting threads must sleep: spinning ones take the cores from the other workers.
-    given = {"GOMP_SPINCOUNT": "5000", **CONNECTIONS, **os.environ}
+    given = {"GOMP_SPINCOUNT": "5000", **(CONNECTIONS if lanes > 1 else {}), **os.environ}
     made = {**given, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
     return {**made, "CUDA_VISIBLE_DEVICES": gpu} if gpu else made

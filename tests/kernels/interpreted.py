@@ -83,25 +83,6 @@ def test_long_sequences_in_segments(op: str, monkeypatch: pytest.MonkeyPatch) ->
     properties.check_packed(FLOAT, op, (time // 2, 0, time))
 
 
-@pytest.mark.parametrize("values", [32, 64])
-@pytest.mark.parametrize("op", MATRIX)
-def test_the_walk_in_two_kernels(op: str, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `benchmarks.tune_kernels --apart` times."""
-    from benchmarks import kernel_candidates
-    from kernels.gpu import wkv6
-
-    ran = []
-    monkeypatch.setattr(wkv6, "_walk", wkv6._walk)  # put back
-    monkeypatch.setattr(wkv6, "SHORTEST", 1)
-    kernel_candidates.install(values=values)
-    candidate = wkv6._walk
-    monkeypatch.setattr(wkv6, "_walk", lambda *a, **k: ran.append(1) or candidate(*a, **k))
-    properties.check_packed(FLOAT, op, (75, 0, 150))
-    properties.check_values(FLOAT, op, "mixed", 67, state=True)
-    properties.check_lengths(FLOAT, op, 66, (66, 1, 0))
-    assert ran
-
-
 @each_op
 def test_the_same_bits_twice(op: str) -> None:
     properties.check_same_bits(HALF, op, 17, (17, 9))
