@@ -25,7 +25,7 @@ from typing import Any
 
 from benchmarks.arm import Arm, rate
 from benchmarks.arm_processes import Children, child, multi_process_service
-from toolkit.sweep_process import CONNECTIONS
+from toolkit.sweep_process import connections
 
 RESULTS = Path(__file__).parent / "results"
 RECURRENCES = ("rwkv4", "rwkv5", "rwkv6")
@@ -136,7 +136,7 @@ def main() -> int:
     if args.child:
         return child(args.child, args.cache, args.device)
     own = dict(os.environ)  # what processes of one arm get
-    os.environ |= {**CONNECTIONS, **os.environ}
+    os.environ |= {**connections(max(STREAMS)), **os.environ}
     import torch
 
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -36,7 +36,7 @@ def table(result: dict[str, Any]) -> str:
 def _agreement(rows: list[dict[str, Any]]) -> list[str]:
     """Greedy tokens from the state beside one pass over the same text."""
     lines = [
-        "Greedy in bfloat16, from the state beside one pass over the same text. Differences of logits are"
+        "Greedy in bfloat16, from the state beside one pass over the same text. Differences of"
     ]
     lines += ["logits are in their standard deviations; the last column is what bfloat16 alone changes.", ""]
     lines += ["| size | head | tokens | agree | mean difference | largest | pass in bf16 as in fp32 |"]
@@ -48,7 +48,7 @@ def _agreement(rows: list[dict[str, Any]]) -> list[str]:
         lines.append(f"| {row['size']} | {head} | {row['tokens']} | {' | '.join(numbers)} |")
     lines += [
         "",
-        "A random head leaves the two largest of its logits close; one that was taught a text is as",
+        "A random head leaves the two largest of its logits close; one that was taught a text",
     ]
     return [*lines, "is as sure of its next token as a trained one."]
 

@@ -30,6 +30,9 @@ def test_rows_share_workers_in_order() -> None:
     assert estimate.span([4.0], [5.0, 1.0], 2) == 5.0
     assert estimate.span([], [2.0, 2.0, 2.0], 2) == 4.0
     assert estimate.span([10.0, 1.0], [3.0, 3.0], 2) == 10.0
+    # Rows on a GPU get in each other's way: thirty of 18 s at once are no 18 s.
+    assert estimate.span([18.0] * 30, [], 30, gpus=1) == pytest.approx(540 / estimate.OVERLAP)
+    assert estimate.span([18.0] * 30, [], 30, gpus=30) == 18.0
 
 
 def sized(*, steps: int, width: int, batch: int = 8) -> dict[str, Any]:

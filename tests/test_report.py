@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+from data.tokens import CompactTokenizer
 from toolkit import compose, report
+from toolkit.build import build_model, from_dict, on_meta, parameters_by_part
 from toolkit.explain import BadRecipe
+from toolkit.report import write
 from toolkit.report_collect import collect
 from toolkit.report_order import expected, pairs, words
 from toolkit.report_plot import figure, looks, spaced
@@ -320,6 +323,31 @@ def test_report_at_an_earlier_step(tmp_path: Path, capsys: pytest.CaptureFixture
     (tmp_path / "bad.jsonl").write_text("{}\n")
     assert report.main(["ablation/scan", *asked, "--raw", str(tmp_path / "bad.jsonl")]) == 2
     assert "line 1 is no row of a table" in capsys.readouterr().err
+
+
+def test_runs_that_have_not_ended_count_where_they_were_evaluated(tmp_path: Path) -> None:
+    asked = put(tmp_path, known, ["seed=0,1"])
+    ended = collect("ablation/scan", asked, step=100)
+    for job in compose.understand(["recipe=ablation/scan", *asked]).jobs:
+        cfg = compose.compose(job)
+        folder, scan, seed = RunDir(tmp_path / "runs", cfg), cfg["scan"]["name"], cfg["seed"]
+        if scan == "uni" or seed == 0:
+            folder.result.unlink()
+            points = [{"step": step, **scores(known(scan, seed, step))} for step in (50, 100, 150)]
+            folder.curve.write_text("".join(json.dumps(point) + "\n" for point in points))
+            CompactTokenizer([5, 7]).save(folder.path / "vocabulary.json")
+            write_json(folder.status, {"state": "stopped", "commit": "0" * 40})
+    table = collect("ablation/scan", asked, step=100)
+    for before, now in zip(ended.rows, table.rows, strict=True):
+        assert now.final("edge") == before.final("edge") and not now.missing
+    text = markdown(table)
+    assert "4 of 6 runs have not ended: floors, and" in text and "Floors: majority answer 25.00" in text
+    (parameters,) = {run.result["parameters"]["rwkv"] for run in table.rows[0].runs}
+    with on_meta():  # padding, the end, and the two above
+        model = build_model(from_dict(cfg), vocab_size=4)
+    assert parameters == parameters_by_part(model)["rwkv"] and table.rows[0].runs[0].image_tokens == 4
+    assert write(table, tmp_path / "out")[-1].suffix == ".png"
+    assert [len(row.runs) for row in collect("ablation/scan", asked).rows] == [0, 1, 1]
 
 
 def test_results_from_before_there_were_points(tmp_path: Path) -> None:

@@ -288,3 +288,12 @@ def test_a_single_run_that_is_stopped_says_so(tmp_path: Path, sent: signal.Signa
     assert told["state"] == "stopped" and told["step"] > 0
     assert f"stopped after step {told['step']:,}; the same command goes on from there" in error
     assert (status.parent / f"checkpoints/step-{told['step']:08d}/manifest.json").exists()
+
+
+def test_only_processes_with_lanes_set_queues_aside(monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "CUDA_DEVICE_MAX_CONNECTIONS"
+    monkeypatch.delenv(name, raising=False)
+    assert name not in sweep_process.environment("", lanes=1)
+    assert [sweep_process.environment("", lanes=n)[name] for n in (2, 4, 8, 16)] == ["8", "8", "16", "32"]
+    monkeypatch.setenv(name, "5")
+    assert sweep_process.environment("", lanes=8)[name] == "5"

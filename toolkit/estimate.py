@@ -74,13 +74,22 @@ def scaled(seconds: float, of: Mapping[str, Any], to: Mapping[str, Any]) -> floa
     return seconds * work(to) / max(1.0, work(of))
 
 
-def span(running: Sequence[float], waiting: Sequence[float], workers: int) -> float:
-    """Seconds until all rows are done: those running need so long still, the others start in order."""
+OVERLAP = 2.2
+"""How much faster rows that share a GPU are done than in turn. scale=small on one H100: 30 rows of about 18 s
+alone, 8 processes of 4 lanes under the Multi-Process Service, in 4.1 minutes."""
+
+
+def span(running: Sequence[float], waiting: Sequence[float], workers: int, *, gpus: int = 0) -> float:
+    """Seconds until all rows are done: those running need so long still, the others start in order.
+
+    gpus: how many GPUs the rows share, if what they need was measured alone; 0: sharing is in it already.
+    """
     free = [*sorted(running), *[0.0] * (workers - len(running))]
     heapq.heapify(free)
     for seconds in waiting:
         heapq.heapreplace(free, free[0] + seconds)
-    return max(free, default=0.0)
+    shared = (sum(running) + sum(waiting)) / (OVERLAP * gpus) if gpus else 0.0
+    return max(shared, max(free, default=0.0))
 
 
 def forecast(

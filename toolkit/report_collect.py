@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from toolkit import compose
+from data.tokens import load_tokenizer
+from toolkit import compose, curve
 from toolkit.explain import fail
 from toolkit.layers import parse, resolve
 from toolkit.report_table import ALL, Point, Row, Run, Score, Table
@@ -18,7 +20,7 @@ from toolkit.rundir import RunDir
 def collect(recipe: str, overrides: Sequence[str], *, step: int = 0) -> Table:
     """Composes every row and seed of a table recipe and looks its results up by run id.
 
-    step: report as it was after so many optimizer steps; 0: at the end.
+    step: report as it was after so many optimizer steps, runs that have not ended with it; 0: at the end.
     """
     request = compose.understand([f"recipe={recipe}", *overrides])
     fixed = tuple(g for g in parse(request.arguments) if not g.override.is_sweep_override())
@@ -33,17 +35,42 @@ def collect(recipe: str, overrides: Sequence[str], *, step: int = 0) -> Table:
         chosen = str(_value(cfg, plan["best"])) if plan["best"] else ""
         name = ", ".join(parts)
         row = rows.setdefault((name, chosen), Row(name, parts, chosen=chosen))
-        result = RunDir(Path(cfg["paths"]["runs"]).expanduser(), cfg).finished()
-        if result is None:
+        run = _run(RunDir(Path(cfg["paths"]["runs"]).expanduser(), cfg), cfg, step)
+        if run is None:
             row.missing.append(shlex.join(["python", "-m", "toolkit.run", *dict.fromkeys(job.overrides)]))
         else:
-            run = run_of(cfg, result)
             _refuse_twins(recipe, row, run)
-            row.runs.append(run.until(step) if step else run)
+            row.runs.append(run)
     kept = _best(list(rows.values()))
     _name(kept)
     facts = {key: plan[key] for key in ("caption", "published", "order", "best")}
     return Table(recipe, asked["title"], **facts, rows=kept, step=step)
+
+
+def _run(folder: RunDir, cfg: Mapping[str, Any], step: int) -> Run | None:
+    """The run of a directory after `step` steps, 0: at its end; None if it has not come so far."""
+    result = folder.finished()
+    if result is not None:
+        run = run_of(cfg, result)
+        return run.until(step) if step else run
+    points = curve.read(folder.curve) if step else []
+    if step not in [point["step"] for point in points]:
+        return None
+    return _unfinished(folder, cfg, points).until(step)
+
+
+def _unfinished(folder: RunDir, cfg: Mapping[str, Any], points: Sequence[Mapping[str, Any]]) -> Run:
+    """A run that has not ended, from its points; floors and the split of the choice are told at the end."""
+    from toolkit.job import check
+
+    facts, vocabulary = check(cfg), load_tokenizer(folder.path / "vocabulary.json").size
+    status = json.loads(folder.status.read_text(encoding="utf-8"))
+    parameters = dict(facts["parameters"])
+    if facts["per_vocabulary_entry"]:  # counted with a vocabulary of one
+        parameters["rwkv"] += facts["per_vocabulary_entry"] * (vocabulary - 1)
+    arm = {kind: str(cfg[kind]["name"]) for kind in ("recurrence", "scan", "prompt")}
+    result = {"seed": cfg["seed"], "commit": status["commit"], "parameters": parameters, "state": "not ended"}
+    return Run(int(cfg["seed"]), arm, int(facts["image_tokens"]), tuple(map(_point, points)), result)
 
 
 def row_parts(cfg: Mapping[str, Any], keys: str) -> tuple[str, ...]:

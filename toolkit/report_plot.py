@@ -75,7 +75,8 @@ def _head(drawing: Figure, table: Table) -> None:
     line = (
         line if seeds > 1 else "line: accuracy on held-out questions" if table.curves else "dot: the one run"
     )
-    told = f"{seeds} seed{'s' * (seeds != 1)}; {line}; dashed: question only"
+    dashed = "; dashed: question only" if any(_floor(table, kind) for kind in table.shown) else ""
+    told = f"{seeds} seed{'s' * (seeds != 1)}; {line}{dashed}"
     drawing.suptitle(table.title or table.recipe, fontsize=10.5, color=_INK)
     drawing.supxlabel(told, fontsize=7.5, color=_FAINT)
 
@@ -90,7 +91,7 @@ def _lowest(table: Table) -> float:
 def _floor(table: Table, kind: str) -> float | None:
     """What the question alone gives, if the runs know it for this type."""
     for run in table.runs:
-        known = run.result if kind == ALL else run.result.get("floors", {}).get(kind, {})
+        known = run.floors(kind)
         if known.get("blind") is not None:
             return float(known["blind"])
     return None

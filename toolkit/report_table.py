@@ -37,7 +37,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Run:
-    """One finished run: what it was, and its points by rising step, the closing evaluation last."""
+    """One run: what it was, and its points by rising step, the closing evaluation last if it has ended."""
 
     seed: int
     arm: dict[str, str]
@@ -52,6 +52,11 @@ class Run:
     def curve(self, kind: str) -> Curve:
         """(step, accuracy) of a question type."""
         return [(p.step, p.scores[kind].accuracy) for p in self.points if kind in p.scores]
+
+    def floors(self, kind: str) -> dict[str, Any]:
+        """`majority` and `blind` of a question type; empty if the run does not know them."""
+        known = self.result if kind == ALL else self.result.get("floors", {}).get(kind, {})
+        return {key: known[key] for key in ("majority", "blind") if key in known}
 
     def until(self, step: int) -> Run:
         """The run as it was after `step` steps; BadRecipe if it was not evaluated there."""
@@ -110,7 +115,7 @@ class Row:
     def floor(self, kind: str) -> float | None:
         """The better of the majority answer and the question-only answer, if the runs know them."""
         for run in self.runs:
-            known = run.result if kind == ALL else run.result.get("floors", {}).get(kind)
+            known = run.floors(kind)
             if known:
                 return float(max(known["majority"], known["blind"] or 0))
         return None

@@ -92,10 +92,18 @@ def notes(table: Table) -> list[str]:
             * bool(widest)
         )
     ]
-    told.append(
-        f"Floors: majority answer {_percent(first.result['majority'])}, "
-        f"question only {_percent(first.result['blind'])}."
-    )
+    ended = [run for run in table.runs if "majority" in run.result]
+    if ended:
+        known = ended[0].result
+        told.append(
+            f"Floors: majority answer {_percent(known['majority'])}, "
+            f"question only {_percent(known['blind'])}."
+        )
+    if len(ended) < len(table.runs):
+        told.append(
+            f"{len(table.runs) - len(ended)} of {len(table.runs)} runs have not ended: floors, and accuracy "
+            "on the split that settings are chosen by, are measured at the end."
+        )
     told.append(
         "Parameters are those of the part that reads the sequence; encoder and budget are the recipe's."
     )
@@ -138,7 +146,7 @@ def _per_type(table: Table) -> Iterator[str]:
 
 def _floors(table: Table, kind: str) -> str:
     run = next(r for r in table.runs if kind in r.final.scores)
-    known = run.result if kind == ALL else run.result.get("floors", {}).get(kind)
+    known = run.floors(kind)
     text = f"{run.final.scores[kind].n:,} questions"
     if known:
         text += f"; majority answer {_percent(known['majority'])}, question only {_percent(known['blind'])}"
@@ -215,7 +223,7 @@ def as_csv(table: Table) -> str:
             scores = run.final.scores
             own: list[Any] = [run.seed, run.final.step]
             own += [scores[ALL].accuracy, scores[ALL].ci95, scores[ALL].n]
-            own += [run.result[k] for k in ("majority", "blind", "seconds")]
+            own += [run.result.get(k, "") for k in ("majority", "blind", "seconds")]
             by_kind = [scores[k].accuracy if k in scores else "" for k in kinds]
             writer.writerow([row.name, *own, *by_kind, *(published.get(b, "") for b in table.benchmarks)])
     return out.getvalue()

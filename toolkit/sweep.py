@@ -59,6 +59,7 @@ class Sweep:
         self.rows, self.plan, self.show = rows, plan, show
         self.errors: dict[int, str] = {}
         self.seconds: dict[int, float] = {}  # of a row: estimated before it trains, as it was when done
+        self.took: set[int] = set()  # rows of which `seconds` is what they took
         self.waiting = [row for row in rows if row.folder.finished() is None]
         self.done = len(rows) - len(self.waiting)
         self._workers: dict[Worker, _Running | None] = {}
@@ -179,6 +180,7 @@ class Sweep:
         if event["event"] == "done":
             self.done += 1
             self.seconds[running.row.number] = float(event["seconds"])
+            self.took.add(running.row.number)
         else:  # what a failure leaves behind in a process, nobody knows
             self._fail(running.row, str(event["error"]))
             self._retired.update(worker.together)
@@ -234,15 +236,20 @@ class Sweep:
         known = [row for row in self.rows if row.number in self.seconds]
         if not known:
             return None
+        # What is estimated for a row does not know of those beside it on its GPU; what one took does.
+        shared = len(self.plan.gpus) if self.plan.workers > len(self.plan.gpus) else 0
+        if shared and self.took:
+            known, shared = [row for row in known if row.number in self.took], 0
 
         def guess(row: Row) -> float:
-            if row.number in self.seconds:
+            if row in known:
                 return self.seconds[row.number]
             return sum(estimate.scaled(self.seconds[k.number], k.cfg, row.cfg) for k in known) / len(known)
 
         now = time.monotonic()
         running = [max(0.0, guess(r.row) - max(0.0, now - r.trains_since)) for r in self.running]
-        return estimate.span(running, [guess(row) for row in self.waiting], self.plan.workers)
+        waiting = [guess(row) for row in self.waiting]
+        return estimate.span(running, waiting, self.plan.workers, gpus=shared)
 
     def _announce(self) -> None:
         """Once, before the first row trains: how long all of them will take."""

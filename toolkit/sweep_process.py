@@ -136,15 +136,19 @@ class Worker:
         return f"killed by signal {-code}" + (" (out of memory?)" if code == -signal.SIGKILL else "")
 
 
-CONNECTIONS = {"CUDA_DEVICE_MAX_CONNECTIONS": "32"}
-"""With fewer, streams of a process wait for each other. Not for processes of one row: a GPU has so many
-queues, and a dozen processes that set aside 32 each leave none (CUDA says "out of memory")."""
+def connections(lanes: int) -> dict[str, str]:
+    """Queues of a process to the GPU, two for each lane: with fewer, its streams wait for each other.
+
+    No more than needed: a GPU has so many in all. With 32 each, some of eight processes got none under NVIDIA's
+    Multi-Process Service ("busy or unavailable"), and some of seventeen without it ("out of memory").
+    """
+    return {"CUDA_DEVICE_MAX_CONNECTIONS": str(min(32, max(8, 2 * lanes)))}
 
 
 def environment(gpu: str, *, lanes: int) -> dict[str, str]:
     """The parent's environment and import path, and which GPU the worker sees."""
     path = [entry or os.getcwd() for entry in sys.path]
     # Waiting threads must sleep: spinning ones take the cores from the other workers.
-    given = {"GOMP_SPINCOUNT": "5000", **(CONNECTIONS if lanes > 1 else {}), **os.environ}
+    given = {"GOMP_SPINCOUNT": "5000", **(connections(lanes) if lanes > 1 else {}), **os.environ}
     made = {**given, "PYTHONPATH": os.pathsep.join(dict.fromkeys(path))}
     return {**made, "CUDA_VISIBLE_DEVICES": gpu} if gpu else made
