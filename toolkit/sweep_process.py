@@ -139,7 +139,7 @@ class Worker:
 def connections(lanes: int) -> dict[str, str]:
     """Queues of a process to the GPU, two for each lane: with fewer, its streams wait for each other.
 
-    No more than needed: a GPU has so many in all. With 32 each, some of eight processes got none under NVIDIA's
+    No more than needed: a GPU has so many in all. With 32 each, some of eight processes got none under the
     Multi-Process Service ("busy or unavailable"), and some of seventeen without it ("out of memory").
     """
     return {"CUDA_DEVICE_MAX_CONNECTIONS": str(min(32, max(8, 2 * lanes)))}
