@@ -35,9 +35,7 @@ def table(result: dict[str, Any]) -> str:
 
 def _agreement(rows: list[dict[str, Any]]) -> list[str]:
     """Greedy tokens from the state beside one pass over the same text."""
-    lines = [
-        "Greedy in bfloat16, from the state beside one pass over the same text. Differences of"
-    ]
+    lines = ["Greedy in bfloat16, from the state beside one pass over the same text. Differences of"]
     lines += ["logits are in their standard deviations; the last column is what bfloat16 alone changes.", ""]
     lines += ["| size | head | tokens | agree | mean difference | largest | pass in bf16 as in fp32 |"]
     lines += ["|---|---|---|---|---|---|---|"]
