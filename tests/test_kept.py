@@ -36,6 +36,12 @@ def test_a_value_is_made_once_and_a_failure_is_not_kept() -> None:
     assert len(calls) == 2
 
 
+def test_what_is_large_is_not_kept() -> None:
+    assert kept.once("key", lambda: "large", size=lambda value: kept._LARGEST + 1) == "large"
+    assert kept.once("key", lambda: "small", size=lambda value: kept._LARGEST) == "small"
+    assert kept.once("key", lambda: "again") == "small"
+
+
 def test_what_was_used_last_stays() -> None:
     for key in range(kept._MOST):
         kept.once(key, lambda: "before")

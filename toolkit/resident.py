@@ -73,8 +73,12 @@ def load(examples: Any, device: torch.device, *, key: Hashable | None = None) ->
     examples: a data set of samples with `features`, a table of pictures that gathers by record. key: names
     its texts for the next run of this process that asks for them (`kept.once`).
     """
-    texts, records = read(examples) if key is None else kept.once(key, lambda: read(examples))
+    texts, records = kept.once(key, lambda: read(examples), size=_bytes) if key else read(examples)
     return moved(Resident(**vars(texts), features=table(examples.features, records, device)), device)
+
+
+def _bytes(made: tuple[Texts, list[int]]) -> int:
+    return sum(tensor.nbytes for tensor in vars(made[0]).values())
 
 
 def read(examples: Any) -> tuple[Texts, list[int]]:
