@@ -21,7 +21,8 @@ def test_a_table_is_run_reported_and_kept(tmp_path: Path, capsys: pytest.Capture
         *("stages.tune.steps=2", "stages.tune.warmup=0", "stages.tune.global_batch=8", "eval.every=1"),
         *(f"paths.runs={tmp_path / 'runs'}", f"paths.cache={tmp_path / 'cache'}"),
     ]
-    assert ablations.main([*words, "--out", str(file.parent)]) == 0
+    # Settings may stand before and behind an option.
+    assert ablations.main([*words[:2], "--out", str(file.parent), *words[2:]]) == 0
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert rows[:2] == others and old not in rows
     types = {"all", "count", "edge_row", "edge_column"}

@@ -68,9 +68,12 @@ def _unfinished(folder: RunDir, cfg: Mapping[str, Any], points: Sequence[Mapping
     parameters = dict(facts["parameters"])
     if facts["per_vocabulary_entry"]:  # counted with a vocabulary of one
         parameters["rwkv"] += facts["per_vocabulary_entry"] * (vocabulary - 1)
-    arm = {kind: str(cfg[kind]["name"]) for kind in ("recurrence", "scan", "prompt")}
     result = {"seed": cfg["seed"], "commit": status["commit"], "parameters": parameters, "state": "not ended"}
-    return Run(int(cfg["seed"]), arm, int(facts["image_tokens"]), tuple(map(_point, points)), result)
+    return Run(int(cfg["seed"]), _arm(cfg), int(facts["image_tokens"]), tuple(map(_point, points)), result)
+
+
+def _arm(cfg: Mapping[str, Any]) -> dict[str, str]:
+    return {kind: str(cfg[kind]["name"]) for kind in ("recurrence", "scan", "prompt")}
 
 
 def row_parts(cfg: Mapping[str, Any], keys: str) -> tuple[str, ...]:
@@ -109,8 +112,7 @@ def run_of(cfg: Mapping[str, Any], result: dict[str, Any]) -> Run:
     """A run from its config and its result.json, also one written before points were kept."""
     tokens = result["image_tokens"] if "image_tokens" in result else _image_tokens(cfg)
     seen = [*result.get("curve", ()), {"step": result["steps"], **result}]
-    arm = {kind: str(cfg[kind]["name"]) for kind in ("recurrence", "scan", "prompt")}
-    return Run(int(result["seed"]), arm, tokens, tuple(_point(p) for p in seen), result)
+    return Run(int(result["seed"]), _arm(cfg), tokens, tuple(_point(p) for p in seen), result)
 
 
 def _image_tokens(cfg: Mapping[str, Any]) -> int:

@@ -73,7 +73,9 @@ def load(examples: Any, device: torch.device, *, key: Hashable | None = None) ->
     examples: a data set of samples with `features`, a table of pictures that gathers by record. key: names
     its texts for the next run of this process that asks for them (`kept.once`).
     """
-    texts, records = kept.once(key, lambda: read(examples), size=_bytes) if key else read(examples)
+    texts, records = (
+        kept.once(key, lambda: read(examples), size=_bytes) if key is not None else read(examples)
+    )
     return moved(Resident(**vars(texts), features=table(examples.features, records, device)), device)
 
 

@@ -240,9 +240,10 @@ class Sweep:
         shared = len(self.plan.gpus) if self.plan.workers > len(self.plan.gpus) else 0
         if shared and self.took:
             known, shared = [row for row in known if row.number in self.took], 0
+        numbers = {row.number for row in known}
 
         def guess(row: Row) -> float:
-            if row in known:
+            if row.number in numbers:
                 return self.seconds[row.number]
             return sum(estimate.scaled(self.seconds[k.number], k.cfg, row.cfg) for k in known) / len(known)
 

@@ -59,8 +59,8 @@ def test_the_same_bits_on_every_run(n_rows: int, n_ids: int, dtype: torch.dtype)
         0, ids.flatten().cpu(), upstream.flatten(0, 1).double().cpu()
     )
     error = (first.double().cpu() - exact).norm() / exact.norm()
-    # torch's sorted form keeps partial sums in the gradient's own precision.
-    assert float(error) < (1e-6 if dtype == torch.float32 else 8e-3)
+    # For few ids torch adds blocks of them up in the gradient's own precision, for many in float32.
+    assert float(error) < (1e-6 if dtype == torch.float32 else 8e-3 if n_ids == 200 else 4e-3)
 
 
 @pytest.mark.gpu
