@@ -67,9 +67,9 @@ def forms() -> dict[str, Form]:
     found: dict[str, Form | None] = {
         "ours": ours(0, False),
         "ours + L2": ours(0, True),
-        "ours + L2, blocks of 512": ours(512, True),
+        "ours + L2, blocks of 1024": ours(1024, True),
         "ours + L2, blocks of 2048": ours(2048, True),
-        "ours + L2, blocks of 4096": ours(4096, True),
+        "ours + L2, blocks of 8192": ours(8192, True),
         "plain": plain,
         "Liger": liger(None, 1),
         "Liger, float32 sums, 8 times its logits": liger(torch.float32, 8),

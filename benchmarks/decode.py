@@ -24,7 +24,7 @@ from kernels.step import (
     Ending,
     Late,
     Norm,
-    ddlerp_step_,
+    ddlerp_step,
     norm_shift_step_,
     wkv4_step_,
     wkv5_step_,
@@ -56,6 +56,15 @@ def events(once: Unit, rounds: int = 21) -> float:
         if turn >= 3:
             times.append(begin.elapsed_time(end))
     return statistics.median(times)
+
+
+def in_turn(calls: dict[str, Unit], rounds: int = 21) -> dict[str, float]:
+    """Median milliseconds of each call between CUDA events, the calls taking turns."""
+    found: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, once in calls.items():
+            found[name].append(events(once, 1))
+    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def captured(units: list[Unit]) -> torch.cuda.CUDAGraph:
@@ -95,6 +104,7 @@ class Layer:
         self.ending = Ending(weight(d), weight(d), 64e-5, row(batch, d))
         square = (batch, 3, d) if op == "rwkv4" else (batch, HEADS, SIZE, SIZE)
         self.state = torch.rand(square, device="cuda")
+        self.tiny = torch.zeros(32, device="cuda")
 
     def recurrence(self) -> None:
         """The recurrence, its decay, head norm and gate: one kernel."""
@@ -112,7 +122,7 @@ class Layer:
         """Residual, LayerNorm and the token shift of the time mix; RWKV-6 also its low-rank second half."""
         six = self.op == "rwkv6" and mixes > 0
         shares = self.mixes[: 1 if six else mixes]
-        _, now = norm_shift_step_(
+        _, change = norm_shift_step_(
             self.x,
             self.gated,
             self.norms[0],
@@ -123,7 +133,7 @@ class Layer:
             keep=six,
         )
         if six:
-            ddlerp_step_(now, self.before, self.low, self.up, self.mixes[1:], dtype=torch.bfloat16)
+            ddlerp_step(self.before, change, self.low, self.up, self.mixes[1:], dtype=torch.bfloat16)
 
     def channel_shift(self, mixes: int) -> None:
         """Residual, LayerNorm and the token shift of the channel mix."""
@@ -143,6 +153,11 @@ class Layer:
         self.recurrence()
         self.channel_shift(2)
 
+    def launches_only(self) -> None:
+        """As many kernels as `everything` runs, with nothing to do."""
+        for _ in range(4 if self.op == "rwkv6" else 3):
+            self.tiny.add_(1)
+
     def norms_only(self) -> None:
         """What a layer without recurrence and shift would still run: two residuals and LayerNorms."""
         self.time_shift(0)
@@ -158,6 +173,7 @@ def step_rows(op: str, batch: int, early: bool) -> dict[str, Any]:
     sets = min(8, max(1, round(RESIDENT / bytes_state)))  # tokens a graph holds, each with its own states
     layers = [Layer(op, batch) for _ in range(LAYERS * sets)]
     parts = {"recurrence": Layer.recurrence, "norms": Layer.norms_only, "all": Layer.everything}
+    parts["launches"] = Layer.launches_only
     row: dict[str, Any] = {"op": op, "batch": batch, "early": early, "bytes": 2 * bytes_state}
     for name, part in parts.items():
         graph = captured([lambda part=part, layer=layer: part(layer) for layer in layers])  # type: ignore[misc]
@@ -218,8 +234,9 @@ def model_row(op: str, name: str, batch: int) -> dict[str, Any]:
         graph.load(token, state)
         same = all(torch.equal(eager.step(), graph.step()) for _ in range(8))
         alike = torch.equal(eager.logits, graph.logits)
-        times = {"forward": events(forward, 9), "eager": events(eager.step, 9), "graph": events(graph.step)}
-        times["apart"] = events(apart.step)
+        apart.load(token, state)
+        times = {"forward": events(forward, 9), "eager": events(eager.step, 9)}
+        times |= in_turn({"graph": graph.step, "apart": apart.step})
     weights = sum(p.numel() for p in model.parameters()) - model.emb.weight.numel()
     row: dict[str, Any] = {"op": op, "model": name, "batch": batch, "mode": graph.mode, **times}
     return row | {"same_tokens": same, "same_logits": alike, "weight_bytes": 2 * weights}
@@ -246,15 +263,18 @@ def table(result: dict[str, Any]) -> str:
         "`all`: residuals, LayerNorms, token shifts with RWKV-6's low-rank product, recurrence with decay,"
     ]
     lines += [
-        "head norm and gate. `norms`: the residuals and LayerNorms alone. `early`: programmatic launch.",
+        "head norm and gate. `norms`: the residuals and LayerNorms alone. `launches`: as many kernels with",
+        "nothing to do. `early`: programmatic launch.",
         "",
     ]
-    lines += ["| op | B | early | recurrence | norms | all | all - norms | state's floor | at position |"]
-    lines += ["|---|---|---|---|---|---|---|---|---|"]
+    lines += [
+        "| op | B | early | recurrence | norms | all | all - norms | launches | state's floor | at position |"
+    ]
+    lines += ["|" + "---|" * 10]
     for row in (r for r in result["steps"] if "error" not in r):
         at = ", ".join(f"{p}: {ms:.3f}" for p, ms in row["at"].items())
         cells = [row["recurrence"], row["norms"], row["all"], row["all"] - row["norms"]]
-        cells.append(1e3 * row["bytes"] / rate)
+        cells += [row["launches"], 1e3 * row["bytes"] / rate]
         numbers = " | ".join(f"{c:.3f}" for c in cells)
         lines.append(f"| {row['op']} | {row['batch']} | {row['early']} | {numbers} | {at} |")
     lines += ["", "Whole models, vocabulary 65,536, bf16 products, ms a token:", ""]

@@ -4,7 +4,7 @@
     wkv5_step_(r, k, v, log_w, u, state)
     wkv6_step_(r, k, v, log_w, u, state)
     norm_shift_step_(x, late, norm, previous, mixes)   residual, LayerNorm and token shift
-    ddlerp_step_(x, previous, low, weight, mixes)      RWKV-6's data-dependent token shift
+    ddlerp_step(x, delta, low, weight, mixes)          RWKV-6's data-dependent token shift
 
 At T = 1 a layer is bound by launches and by the bytes of its state, so each function does all that lies
 between two matrix products: decay from its parameter, head norm, gate. The trailing underscore says that
@@ -154,10 +154,11 @@ def norm_shift_step_(
     keep: bool = False,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """x [B,D] += late; n = LayerNorm(x); -> (the mixes of n and `previous` [M,B,D] in `dtype`, n [B,D]).
+    """x [B,D] += late; n = LayerNorm(x); -> (the mixes of n and `previous` [M,B,D] in `dtype`, a change).
 
     mixes: up to four tensors of D elements, shares of the current token, or of the previous one with
-    `of_previous`. previous [B,D] becomes n, unless `keep` leaves that to `ddlerp_step_`.
+    `of_previous`. previous [B,D] becomes n. The change, with `keep`: previous - n [B,D] in float32 (or
+    float64), which `ddlerp_step` reads; without it a tensor to be ignored.
     """
     if len(mixes) > 4:
         raise ValueError(f"norm_shift_step: {len(mixes)} mixes; give at most four")
@@ -168,9 +169,9 @@ def norm_shift_step_(
     return mixed
 
 
-def ddlerp_step_(
+def ddlerp_step(
     x: Tensor,
-    previous: Tensor,
+    delta: Tensor,
     low: Tensor,
     weight: Tensor,
     mixes: Sequence[Tensor],
@@ -178,10 +179,10 @@ def ddlerp_step_(
     dtype: torch.dtype,
     backend: str | None = None,
 ) -> Tensor:
-    """x + (previous - x) (mix_m + tanh(low)_m weight_m) for five m -> [5,B,D] in `dtype`; previous becomes x.
+    """x + delta (mix_m + tanh(low)_m weight_m) for five m -> [5,B,D] in `dtype`; changes nothing.
 
-    x, previous [B,D]; low [B,5R]; weight [5,R,D]; mixes five tensors of D elements. Source: arXiv
-    2404.05892, equations 14 to 16.
+    x [B,D]; delta [B,D], the previous token minus x, in float32 (or float64); low [B,5R]; weight [5,R,D];
+    mixes five tensors of D elements. Source: arXiv 2404.05892, equations 14 to 16.
     """
     rank = weight.shape[1] if weight.dim() == 3 else 0
     wanted = ([x.shape[0], 5 * rank], [5, rank, x.shape[-1]])
@@ -190,13 +191,13 @@ def ddlerp_step_(
             f"ddlerp_step: {len(mixes)} mixes, low {list(low.shape)}, weight {list(weight.shape)}; expected "
             f"5, [B, 5 * R] and [5, R, D] for x {list(x.shape)}"
         )
-    check_rows("ddlerp_step", x=x, previous=previous)
+    check_rows("ddlerp_step", x=x, delta=delta)
     check_shares("ddlerp_step", mixes, x.shape[1])
     unfit = _unfit(x, weight.shape[1])
     if interpreted() and low.dtype == torch.bfloat16:
         unfit = "Triton's interpreter computes bfloat16 products wrongly"
     kernel = pick("ddlerp_step", backend, x.device, unfit)
-    mixed: Tensor = kernel(x, previous, low, weight, mixes, dtype)
+    mixed: Tensor = kernel(x, delta, low, weight, mixes, dtype)
     return mixed
 
 
@@ -290,22 +291,19 @@ def _norm_shift(
     mixed = torch.empty(len(mixes), *x.shape, dtype=dtype, device=x.device)
     for out, share in zip(mixed, mixes, strict=True):
         out.copy_(torch.lerp(first, second, wide(share).flatten()))
-    if not keep:
-        previous.copy_(n)
-    return mixed, n
+    change = wide(previous) - wide(n) if keep else previous
+    previous.copy_(n)
+    return mixed, change
 
 
 def _ddlerp(
-    x: Tensor, previous: Tensor, low: Tensor, weight: Tensor, mixes: Sequence[Tensor], dtype: torch.dtype
+    x: Tensor, delta: Tensor, low: Tensor, weight: Tensor, mixes: Sequence[Tensor], dtype: torch.dtype
 ) -> Tensor:
     low = torch.tanh(low).unflatten(-1, (5, -1)).transpose(0, 1)  # [5, B, R]
     shares = torch.bmm(low, weight.to(low.dtype))  # [5, B, D]
-    now = wide(x)
-    delta = wide(previous) - now
     mixed = torch.empty(5, *x.shape, dtype=dtype, device=x.device)
     for out, mix, share in zip(mixed, mixes, shares, strict=True):
-        out.copy_(torch.addcmul(now, delta, wide(mix).flatten() + share))
-    previous.copy_(x)
+        out.copy_(torch.addcmul(wide(x), delta, wide(mix).flatten() + share))
     return mixed
 
 

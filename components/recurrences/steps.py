@@ -17,7 +17,7 @@ from kernels.step import (
     Ending,
     Late,
     Norm,
-    ddlerp_step_,
+    ddlerp_step,
     norm_shift_step_,
     wkv4_step_,
     wkv5_step_,
@@ -84,12 +84,12 @@ def time_mix6(
     """RWKV-6's time mix. x [B, D], state ([B, D], [B, H, N, N]): both change."""
     previous, memory = state
     dtype = product_dtype(x)
-    mixed, now = norm_shift_step_(
+    mixed, change = norm_shift_step_(
         x, late, plain(norm), previous, (mix.time_maa_x,), of_previous=True, dtype=dtype, keep=True
     )
     low = mixed[0] @ mix.time_maa_w1.to(dtype)  # [B, 5 * rank]
     shares = (mix.time_maa_w, mix.time_maa_k, mix.time_maa_v, mix.time_maa_r, mix.time_maa_g)
-    xw, xk, xv, xr, xg = ddlerp_step_(now, previous, low, mix.time_maa_w2, shares, dtype=dtype)
+    xw, xk, xv, xr, xg = ddlerp_step(previous, change, low, mix.time_maa_w2, shares, dtype=dtype)
     shift = torch.tanh(xw @ mix.time_decay_w1.to(dtype)) @ mix.time_decay_w2.to(dtype)
     heads = (x.shape[0], *mix.time_faaaa.shape)
     ending = Ending(mix.ln_x.weight, mix.ln_x.bias, mix.ln_x.eps, mix.gate(xg))

@@ -20,8 +20,9 @@ from kernels.cross_entropy import blocks, product_into
 _ROW_BLOCK = 8192  # logits a program holds at a time: 16 in each of 512 threads
 _SCALE_BLOCK = 8192
 # Summing into dW reads and writes all of it once per block, 1 GiB for 65,536 x 2,048 in float32: that is as
-# long as the block's products at 512 rows, an eighth at 4,096.
-_LOGITS = 1024 * 65536
+# long as the block's products at 512 rows, an eighth at 4,096. Forward and backward of 16,384 rows took
+# 27.6 ms on an H100 in blocks of 1,024 rows, 22.5 of 2,048 and 21.8 of 4,096 (512 MiB of logits in bf16).
+_LOGITS = 4096 * 65536
 
 
 @triton.jit
