@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import triton
 from torch import Tensor
 
 from . import wkv4_backward, wkv4_forward
+from .ops import Launch, operator
 
 _DENSE, _LENGTHS, _PACKED = 0, 1, 2
 _COMBINE = {"G": 8, "BC": 32, "num_warps": 1}
@@ -78,35 +80,6 @@ def _call(k: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> _Call
     return _Call(cu_seqlens, _PACKED, samples, time, width, 0, slots, marks, cut.length < time, cut)
 
 
-def wkv4(
-    k: Tensor,
-    v: Tensor,
-    log_w: Tensor,
-    u: Tensor,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """k, v [B,T,D]; log_w, u [D]; state [B,3,D] float32 -> y [B,T,D] in k's dtype, state [B,3,D].
-
-    Packed sequences: B = 1, states [S,3,D]. Keys are taken to lie within +-1e38. Raises ValueError if the
-    last dimension of k or v has gaps.
-    """
-    for name, x in (("k", k), ("v", v)):
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"wkv4 takes {name} with a contiguous last dimension, not strides {x.stride()}")
-    tensors = [k, v, log_w, u] if state is None else [k, v, log_w, u, state]
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    y, last, _marks = _forward(k, v, log_w, u, state, lengths, cu_seqlens, save)
-    return y, last
-
-
-@torch.library.custom_op(
-    "visualrwkv::wkv4",
-    mutates_args=(),
-    schema="(Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor? state, Tensor? lengths, Tensor? cu_seqlens, "
-    "bool save) -> (Tensor, Tensor, Tensor)",
-)
 def _forward(
     k: Tensor,
     v: Tensor,
@@ -144,9 +117,17 @@ def _forward(
     return y, last, marks
 
 
-_forward.register_fake(
-    lambda k, v, log_w, u, state, lengths, cu_seqlens, save: _outputs(k, _call(k, lengths, cu_seqlens), save)
-)
+def _forward_shapes(
+    k: Tensor,
+    v: Tensor,
+    log_w: Tensor,
+    u: Tensor,
+    state: Tensor | None,
+    lengths: Tensor | None,
+    cu_seqlens: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _outputs(k, _call(k, lengths, cu_seqlens), save)
 
 
 def _outputs(k: Tensor, call: _Call, save: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -156,13 +137,6 @@ def _outputs(k: Tensor, call: _Call, save: bool) -> tuple[Tensor, Tensor, Tensor
     return y, last, marks
 
 
-@torch.library.custom_op(
-    "visualrwkv::wkv4_backward",
-    mutates_args=(),
-    schema="(Tensor dy, Tensor? dlast, Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor? state, "
-    "Tensor? lengths, Tensor? cu_seqlens, Tensor last, Tensor marks) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
 def _backward(
     dy: Tensor,
     dlast: Tensor | None,
@@ -209,7 +183,17 @@ def _backward(
     return gradients
 
 
-_backward.register_fake(lambda dy, dlast, k, v, log_w, u, state, *_: _gradients(k, log_w, u, state))
+def _backward_shapes(
+    dy: Tensor,
+    dlast: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    log_w: Tensor,
+    u: Tensor,
+    state: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return _gradients(k, log_w, u, state)
 
 
 def _gradients(
@@ -223,18 +207,56 @@ def _gradients(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     _y, last, marks = output
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(marks)
     ctx.save_for_backward(*inputs[:7], last, marks)
 
 
-def _differentiate(ctx: Any, dy: Tensor | None, dlast: Tensor | None, _dmarks: None) -> tuple[Any, ...]:
+def _differentiate(
+    ctx: Any, run: Callable[..., Any], dy: Tensor | None, dlast: Tensor | None, _dmarks: None
+) -> tuple[Any, ...]:
     k, v, log_w, u, state, lengths, cu_seqlens, last, marks = ctx.saved_tensors
     if dy is None:
         dy = k.new_zeros(k.shape)
-    dk, dv, dw, du, dstate = _backward(dy, dlast, k, v, log_w, u, state, lengths, cu_seqlens, last, marks)
+    dk, dv, dw, du, dstate = run(dy, dlast, k, v, log_w, u, state, lengths, cu_seqlens, last, marks)
     return dk, dv, dw, du, None if state is None else dstate, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_keep)
+_INPUTS = "Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor? state, Tensor? lengths, Tensor? cu_seqlens"
+_wkv4 = operator(
+    "wkv4",
+    Launch(_forward, _forward_shapes, f"({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)"),
+    Launch(
+        _backward,
+        _backward_shapes,
+        f"(Tensor dy, Tensor? dlast, {_INPUTS}, Tensor last, Tensor marks)"
+        " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    ),
+    keep=_keep,
+    gradients=_differentiate,
+)
+
+
+def wkv4(
+    k: Tensor,
+    v: Tensor,
+    log_w: Tensor,
+    u: Tensor,
+    state: Tensor | None = None,
+    lengths: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """k, v [B,T,D]; log_w, u [D]; state [B,3,D] float32 -> y [B,T,D] in k's dtype, state [B,3,D].
+
+    Packed sequences: B = 1, states [S,3,D]. Keys are taken to lie within +-1e38. Raises ValueError if the
+    last dimension of k or v has gaps.
+    """
+    for name, x in (("k", k), ("v", v)):
+        if x.stride(-1) != 1 and x.shape[-1] > 1:
+            raise ValueError(f"wkv4 takes {name} with a contiguous last dimension, not strides {x.stride()}")
+    tensors = [k, v, log_w, u] if state is None else [k, v, log_w, u, state]
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    y, last, _marks = _wkv4(k, v, log_w, u, state, lengths, cu_seqlens, save)
+    return y, last
 
 
 def _shape(call: _Call, k: Tensor, v: Tensor, **more: Any) -> dict[str, Any]:
