@@ -240,7 +240,7 @@ def worst(rows: list[Row], op: str, dtype: str, length: int) -> str:
     found: dict[str, list[float]] = {}
     for row in rows:
         if (row["kind"], row.get("op"), row.get("dtype"), row.get("T")) == ("error", op, dtype, length):
-            values = [v for v in row.values() if isinstance(v, float)]
+            values = [v for k, v in row.items() if isinstance(v, float) and not k.endswith("_rounded")]
             found.setdefault(row["impl"], []).extend(values if row.get("finite", True) else [float("nan")])
     return "; ".join(f"{n} {max(v):.2g}" if v else f"{n} -" for n, v in found.items())
 
