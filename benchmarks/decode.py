@@ -166,9 +166,9 @@ class Layer:
 
 def step_rows(op: str, batch: int, early: bool) -> dict[str, Any]:
     """Milliseconds a token of all layers' step kernels inside a graph, by position and by part."""
-    import kernels.gpu.step as gpu
+    from kernels.gpu import launch
 
-    gpu.early = early
+    launch.early = early
     bytes_state = 4 * batch * HEADS * SIZE * (3 if op == "rwkv4" else SIZE) * LAYERS
     sets = min(8, max(1, round(RESIDENT / bytes_state)))  # tokens a graph holds, each with its own states
     layers = [Layer(op, batch) for _ in range(LAYERS * sets)]
@@ -179,7 +179,7 @@ def step_rows(op: str, batch: int, early: bool) -> dict[str, Any]:
         graph = captured([lambda part=part, layer=layer: part(layer) for layer in layers])  # type: ignore[misc]
         row[name] = events(graph.replay) / sets
     row["at"] = by_position(layers[:LAYERS], POSITIONS[batch]) if op == "rwkv6" and not early else {}
-    gpu.early = False
+    launch.early = False
     return row
 
 

@@ -118,7 +118,8 @@ def errors(op: str, found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[
     """Regime -> {tensor: relative Frobenius error}; of the limits only whether all is finite.
 
     "<tensor>_rounded": the error of the exact answer once rounded to the tensor's type, which nobody who
-    returns that type can pass under. Exact numbers beyond the type's range are counted ("beyond") and left out.
+    returns that type can pass under. Exact numbers beyond the type's range are counted ("beyond") and left
+    out.
     """
     rows: dict[str, dict[str, object]] = {regime: {"finite": True, "beyond": 0} for regime in ALL}
     for name, value in found.items():

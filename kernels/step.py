@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from .checks import check_weight
 from .dispatch import backends, interpreted, pick, register
 from .mix import wide
-from .step_checks import check_decay, check_rows, check_shares, check_step, check_token
+from .step_checks import check_decay, check_low_rank, check_rows, check_shares, check_step, check_token
 
 
 @contextmanager
@@ -38,13 +38,13 @@ def overlapped(device: torch.device) -> Iterator[None]:
     if not able or backends()["triton"]:
         yield
         return
-    from .gpu import step
+    from .gpu import launch
 
-    before, step.early = step.early, True
+    before, launch.early = launch.early, True
     try:
         yield
     finally:
-        step.early = before
+        launch.early = before
 
 
 SIZES = 128
@@ -66,6 +66,13 @@ class Ending(NamedTuple):
     bias: Tensor
     eps: float
     gate: Tensor
+
+
+class LowRank(NamedTuple):
+    """A number per token and channel as a product: low [B,R] times weight [R,D]."""
+
+    low: Tensor
+    weight: Tensor
 
 
 class Late(NamedTuple):
@@ -125,7 +132,7 @@ def wkv6_step_(
     r: Tensor,
     k: Tensor,
     v: Tensor,
-    log_w: Tensor,
+    log_w: Tensor | LowRank,
     u: Tensor,
     state: Tensor,
     *,
@@ -133,10 +140,16 @@ def wkv6_step_(
     ending: Ending | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """One step of `wkv6`: as `wkv5_step_` with log_w [B,H,N], whose dtype may differ from r's."""
+    """One step of `wkv6`: as `wkv5_step_` with log_w [B,H,N], whose dtype may differ from r's.
+
+    A `LowRank` log_w [B,R], [R,H*N] is multiplied here, and rounded to the type of its left side.
+    """
     check_token("wkv6_step", "r", r, "B, H, N")
     batch, heads, size = r.shape
-    check_weight("wkv6_step", "log_w", log_w, r.shape, "B, H, N", r)
+    if isinstance(log_w, LowRank):
+        check_low_rank("wkv6_step", *log_w, batch, heads * size)
+    else:
+        check_weight("wkv6_step", "log_w", log_w, r.shape, "B, H, N", r)
     check_step("wkv6_step", r, u, (heads, size), state, (batch, heads, size, size), (r, k, v))
     check_decay("wkv6_step", None, base, r, (heads, size))
     return _run("wkv6_step", backend, r, k, v, log_w, base, u, state, ending)
@@ -253,13 +266,15 @@ def _heads(
     r: Tensor,
     k: Tensor,
     v: Tensor,
-    log_w: Tensor | None,
+    log_w: Tensor | LowRank | None,
     base: Tensor | None,
     u: Tensor,
     state: Tensor,
     ending: Ending | None,
 ) -> Tensor:
     kind, out, shape = state.dtype, r.dtype, r.shape
+    if isinstance(log_w, LowRank):
+        log_w = (log_w.low @ log_w.weight.to(log_w.low.dtype)).view(shape)
     r, k, v = r.to(kind), k.to(kind), v.to(kind)
     bonus = (r * u.to(kind) * k).sum(-1, keepdim=True)  # [B, H, 1]
     y = (r.unsqueeze(-2) @ state).squeeze(-2) + bonus * v  # [B, H, N]

@@ -58,3 +58,13 @@ def check_rows(op: str, **rows: Tensor) -> None:
     if len(shapes) > 1 or any(row.dim() != 2 or not row.is_contiguous() for row in rows.values()):
         found = ", ".join(f"{name} {list(row.shape)}" for name, row in rows.items())
         raise ValueError(f"{op}: {found}; both must be contiguous [B, D]")
+
+
+def check_low_rank(op: str, low: Tensor, weight: Tensor, batch: int, width: int) -> None:
+    """low [B, R], weight [R, D]."""
+    rank = low.shape[-1]
+    if (list(low.shape), list(weight.shape)) != ([batch, rank], [rank, width]):
+        raise ValueError(
+            f"{op}: log_w is a product of {list(low.shape)} and {list(weight.shape)}; "
+            f"expected [{batch}, R] and [R, {width}]"
+        )

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 import kernels
+from kernels.products import Product, products_step
 from kernels.step import Late, overlapped
 from toolkit import turns
 from toolkit.trunk import Block, LanguageModel, LayerState, State
@@ -45,8 +46,7 @@ class OneToken(nn.Module):
             late, stream = _time(block, x, late, time_state, stream)
             late = _channel(block, x, late, channel_state)
         _settle(x, late)
-        logits: Tensor = self.rwkv.head(self.rwkv.ln_out(x))
-        return logits
+        return _logits(self.rwkv.head, self.rwkv.ln_out(x))
 
 
 def _time(
@@ -73,6 +73,15 @@ def _channel(block: Block, x: Tensor, late: Late, state: Tensor) -> Late:
     y, new = mixer(block.ln2(x).unsqueeze(1), state, None)
     _overwrite(state, new)
     return Late(y[:, 0])
+
+
+def _logits(head: nn.Module, x: Tensor) -> Tensor:
+    """[B, D] -> [B, V]."""
+    if type(head) is nn.Linear and head.bias is None:
+        kind = _autocast_dtype(x.device) or head.weight.dtype
+        return products_step(x.to(kind).unsqueeze(0), (Product(0, head.weight),))[0]
+    logits: Tensor = head(x)
+    return logits
 
 
 def _settle(x: Tensor, late: Late | None) -> None:

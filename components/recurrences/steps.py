@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kernels.products import Product, products_step
 from kernels.step import (
     Ending,
     Late,
+    LowRank,
     Norm,
     ddlerp_step,
     norm_shift_step_,
@@ -39,6 +41,17 @@ def plain(norm: nn.LayerNorm) -> Norm:
     return Norm(norm.weight, norm.bias, norm.eps)
 
 
+def by_row(*linears: nn.Linear, first: int = 0) -> tuple[Product, ...]:
+    """The products of Linear modules (without bias) with the mixes from number `first` on."""
+    return tuple(Product(first + i, one.weight) for i, one in enumerate(linears))
+
+
+def one_product(x: Tensor, linear: nn.Linear) -> Tensor:
+    """x [B, D_in] through a Linear without bias."""
+    (y,) = products_step(x.unsqueeze(0), (Product(0, linear.weight),))
+    return y
+
+
 def time_mix4(
     mix: rwkv4.TimeMix, x: Tensor, late: Late | None, norm: nn.LayerNorm, state: tuple[Tensor, ...]
 ) -> Late:
@@ -48,9 +61,9 @@ def time_mix4(
     mixed, _ = norm_shift_step_(
         x, late, plain(norm), previous, shares, of_previous=False, dtype=product_dtype(x)
     )
-    k, v, r = mix.key(mixed[0]), mix.value(mixed[1]), mix.receptance(mixed[2])
+    k, v, r = products_step(mixed, by_row(mix.key, mix.value, mix.receptance))
     y = wkv4_step_(k, v, None, mix.time_first, memory, base=mix.time_decay, gate=r)
-    return Late(mix.output(y))
+    return Late(one_product(y, mix.output))
 
 
 def time_mix5(
@@ -63,8 +76,8 @@ def time_mix5(
         x, late, plain(norm), previous, shares, of_previous=False, dtype=product_dtype(x)
     )
     heads = (x.shape[0], *mix.time_faaaa.shape)
-    k, v, r = mix.key(mixed[0]), mix.value(mixed[1]), mix.receptance(mixed[2])
-    ending = Ending(mix.ln_x.weight, mix.ln_x.bias, mix.ln_x.eps, mix.gate(mixed[3]))
+    k, v, r, g = products_step(mixed, by_row(mix.key, mix.value, mix.receptance, mix.gate))
+    ending = Ending(mix.ln_x.weight, mix.ln_x.bias, mix.ln_x.eps, g)
     y = wkv5_step_(
         r.view(heads),
         k.view(heads),
@@ -75,7 +88,7 @@ def time_mix5(
         base=mix.time_decay,
         ending=ending,
     )
-    return Late(mix.output(y.flatten(1)))
+    return Late(one_product(y.flatten(1), mix.output))
 
 
 def time_mix6(
@@ -87,23 +100,24 @@ def time_mix6(
     mixed, change = norm_shift_step_(
         x, late, plain(norm), previous, (mix.time_maa_x,), of_previous=True, dtype=dtype, keep=True
     )
-    low = mixed[0] @ mix.time_maa_w1.to(dtype)  # [B, 5 * rank]
+    (low,) = products_step(mixed, (Product(0, mix.time_maa_w1, turned=True),))  # [B, 5 * rank]
     shares = (mix.time_maa_w, mix.time_maa_k, mix.time_maa_v, mix.time_maa_r, mix.time_maa_g)
-    xw, xk, xv, xr, xg = ddlerp_step(previous, change, low, mix.time_maa_w2, shares, dtype=dtype)
-    shift = torch.tanh(xw @ mix.time_decay_w1.to(dtype)) @ mix.time_decay_w2.to(dtype)
+    mixed = ddlerp_step(previous, change, low, mix.time_maa_w2, shares, dtype=dtype)  # w, k, v, r, g
+    decay = Product(0, mix.time_decay_w1, turned=True, then="tanh")
+    linears = (mix.key, mix.value, mix.receptance, mix.gate)
+    k, v, r, g, shift = products_step(mixed, (*by_row(*linears, first=1), decay))
     heads = (x.shape[0], *mix.time_faaaa.shape)
-    ending = Ending(mix.ln_x.weight, mix.ln_x.bias, mix.ln_x.eps, mix.gate(xg))
     y = wkv6_step_(
-        mix.receptance(xr).view(heads),
-        mix.key(xk).view(heads),
-        mix.value(xv).view(heads),
-        shift.view(heads),
+        r.view(heads),
+        k.view(heads),
+        v.view(heads),
+        LowRank(shift, mix.time_decay_w2),
         mix.time_faaaa,
         memory,
         base=mix.time_decay.view(heads[1:]),
-        ending=ending,
+        ending=Ending(mix.ln_x.weight, mix.ln_x.bias, mix.ln_x.eps, g),
     )
-    return Late(mix.output(y.flatten(1)))
+    return Late(one_product(y.flatten(1), mix.output))
 
 
 def channel_mix(
@@ -114,5 +128,6 @@ def channel_mix(
     mixed, _ = norm_shift_step_(
         x, late, plain(norm), state, shares, of_previous=mix.mix == "time_maa", dtype=product_dtype(x)
     )
-    hidden = torch.relu_(mix.key(mixed[0])).square()  # [B, d_ffn]
-    return Late(mix.value(hidden), mix.receptance(mixed[1]))
+    key = Product(0, mix.key.weight, then="relu2")
+    hidden, gate = products_step(mixed, (key, Product(1, mix.receptance.weight)))  # [B, d_ffn], [B, D]
+    return Late(one_product(hidden, mix.value), gate)

@@ -3,23 +3,23 @@
 Each kernel holds what it needs in registers and touches every byte once; at B = 1 its time is the launch
 and one trip to memory. The arithmetic is float32 whatever the inputs are. Tensors are contiguous.
 
-The kernels may be launched before their predecessor in the stream has ended (`EARLY`): they then load what
-no kernel writes, the parameters, and wait for the predecessor's results only after that.
+The kernels may be launched before their predecessor in the stream has ended (`launch.early`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda as nv
+
+from .launch import await_results, options
 
 if TYPE_CHECKING:
-    from kernels.step import Ending, Late, Norm
+    from kernels.step import Ending, Late, LowRank, Norm
 
 # Warps of a program that holds one head's state, by head size (padded to a power of two).
 _HEAD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
@@ -27,18 +27,6 @@ _HEAD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
 # rows, the smallest tensor-core tile, and 64 columns.
 _SINGLE = 8
 _CHANNELS = 256  # channels of an RWKV-4 program
-
-
-@triton.jit
-def _await(EARLY: tl.constexpr):
-    """Waits for the kernel before, whose results may be read from here on, then lets the next one begin.
-
-    The other order, in which kernels queue up several deep, was slower: 0.41 against 0.37 ms for a token of
-    32 layers of RWKV-6 on an H100.
-    """
-    if EARLY:
-        nv.gdc_wait()
-        nv.gdc_launch_dependents()
 
 
 @triton.jit
@@ -55,7 +43,7 @@ def _wkv4_kernel(
     if BASE:
         w = -tl.exp(tl.load(base + d, mask=inside, other=0).to(tl.float32) + w)
     bonus = tl.load(u + d, mask=inside, other=0).to(tl.float32)
-    _await(EARLY)
+    await_results(EARLY)
     at = row * width + d
     place = state + row * 3 * width + d
     a = tl.load(place, mask=inside, other=0)
@@ -78,10 +66,10 @@ def _wkv4_kernel(
 
 @triton.jit
 def _head_kernel(
-    r, k, v, log_w, base, u, state, gate, weight, bias, y, eps, heads,
+    r, k, v, log_w, base, u, state, gate, weight, bias, y, low, rank, eps, heads,
     N: tl.constexpr, BLOCK: tl.constexpr,
-    LOG_W: tl.constexpr,  # 0: none, 1: per channel, 2: per token and channel
-    BASE: tl.constexpr, END: tl.constexpr, EARLY: tl.constexpr,
+    LOG_W: tl.constexpr,  # 0: none, 1: per channel, 2: per token and channel, 3: low [B, R] log_w [R, H * N]
+    RANK: tl.constexpr, BASE: tl.constexpr, END: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)  # b * H + h
     head = row % heads
@@ -92,10 +80,14 @@ def _head_kernel(
     if BASE:
         w = tl.load(base + per, mask=inside, other=0).to(tl.float32)
     bonus = tl.load(u + per, mask=inside, other=0).to(tl.float32)
+    j = tl.arange(0, RANK)
+    if LOG_W == 3:
+        spot = log_w + j[:, None] * (heads * N) + per[None, :]
+        up = tl.load(spot, mask=(j < rank)[:, None] & inside[None, :], other=0)  # [RANK, BLOCK]
     if END:
         scale = tl.load(weight + per, mask=inside, other=0).to(tl.float32)
         offset = tl.load(bias + per, mask=inside, other=0).to(tl.float32)
-    _await(EARLY)
+    await_results(EARLY)
     square = inside[:, None] & inside[None, :]
     place = state + row * N * N + n[:, None] * N + n[None, :]  # rows: keys, columns: values
     s = tl.load(place, mask=square, other=0)
@@ -108,6 +100,10 @@ def _head_kernel(
         w += tl.load(log_w + at, mask=inside, other=0).to(tl.float32)
     if LOG_W == 1:
         w += tl.load(log_w + per, mask=inside, other=0).to(tl.float32)
+    if LOG_W == 3:
+        l = tl.load(low + row // heads * rank + j, mask=j < rank, other=0)  # noqa: E741
+        shift = tl.sum(l[:, None].to(tl.float32) * up.to(tl.float32), 0)
+        w += shift.to(low.dtype.element_ty).to(tl.float32)  # rounded as any product
     if BASE:
         w = -tl.exp(w)
     tl.store(place, s * tl.exp(w)[:, None] + key[:, None] * value[None, :], mask=square)
@@ -144,7 +140,7 @@ def _norm_shift_kernel(
     s1 = _shares(m1, d, inside, OF_PREVIOUS) if MIXES > 1 else scale
     s2 = _shares(m2, d, inside, OF_PREVIOUS) if MIXES > 2 else scale
     s3 = _shares(m3, d, inside, OF_PREVIOUS) if MIXES > 3 else scale
-    _await(EARLY)
+    await_results(EARLY)
     now = tl.load(x + at, mask=inside, other=0).to(tl.float32)
     before = tl.load(previous + at, mask=inside, other=0).to(tl.float32)
     if LATE:
@@ -200,7 +196,7 @@ def _ddlerp_kernel(
     spot = weight + (mix * rank + j)[:, None] * width + d[None, :]
     w = tl.load(spot, mask=(j < rank)[:, None] & (d < width)[None, :], other=0)  # [RANK, BLOCK]
     fixed = _one_of(mix, m0, m1, m2, m3, m4, d, d < width)
-    _await(EARLY)
+    await_results(EARLY)
     if ROWS == 1:
         row = tl.program_id(2).to(tl.int64)
         inside = d < width
@@ -223,15 +219,6 @@ def _ddlerp_kernel(
     tl.store(out + mix.to(tl.int64) * batch * width + at, y, mask=inside)
 
 
-early = False
-"""Whether kernels start before their predecessor has ended; see `kernels.step.overlapped`."""
-
-
-def _launch(warps: int) -> dict[str, Any]:
-    """Options of every launch."""
-    return {"num_warps": warps, "EARLY": early, **({"launch_pdl": True} if early else {})}
-
-
 def _or(x: Tensor | None, other: Tensor) -> Tensor:
     """A contiguous tensor for a pointer argument; `other` where the kernel reads none."""
     return other if x is None else x.contiguous()
@@ -252,7 +239,7 @@ def wkv4_step(
     batch, width = k.shape
     _wkv4_kernel[(triton.cdiv(width, _CHANNELS), batch)](
         k, v, _or(log_w, u), _or(base, u), u, state, _or(gate, k), y, width,
-        LOG_W=log_w is not None, BASE=base is not None, GATE=gate is not None, BLOCK=_CHANNELS, **_launch(2),
+        LOG_W=log_w is not None, BASE=base is not None, GATE=gate is not None, BLOCK=_CHANNELS, **options(2),
     )  # fmt: skip
     return y
 
@@ -261,22 +248,29 @@ def wkv5_step(
     r: Tensor,
     k: Tensor,
     v: Tensor,
-    log_w: Tensor | None,
+    log_w: Tensor | LowRank | None,
     base: Tensor | None,
     u: Tensor,
     state: Tensor,
     ending: Ending | None,
 ) -> Tensor:
-    """As `kernels.step.wkv5_step_`; with log_w [B,H,N] as `wkv6_step_`."""
+    """As `kernels.step.wkv5_step_`; with log_w [B,H,N] or of low rank as `wkv6_step_`."""
     r, k, v, u = r.contiguous(), k.contiguous(), v.contiguous(), u.contiguous()
     y = torch.empty_like(r)
     batch, heads, size = r.shape
     block = max(16, triton.next_power_of_2(size))
     weight, bias, eps, gate = ending or (u, u, 0.0, r)
+    low, rank, kind, made = u, 1, 0, False
+    if isinstance(log_w, tuple):
+        low, rank, kind = log_w.low.contiguous(), log_w.low.shape[1], 3
+        matrix = log_w.weight.to(low.dtype).contiguous()
+        made, log_w = matrix is not log_w.weight, matrix
+    elif log_w is not None:
+        kind = log_w.dim() - 1
     _head_kernel[(batch * heads,)](
-        r, k, v, _or(log_w, u), _or(base, u), u, state, gate.contiguous(), weight, bias, y, eps, heads,
-        N=size, BLOCK=block, LOG_W=0 if log_w is None else log_w.dim() - 1, BASE=base is not None,
-        END=ending is not None, **_launch(_HEAD_WARPS[block]),
+        r, k, v, _or(log_w, u), _or(base, u), u, state, gate.contiguous(), weight, bias, y, low, rank, eps,
+        heads, N=size, BLOCK=block, LOG_W=kind, RANK=max(16, triton.next_power_of_2(rank)),
+        BASE=base is not None, END=ending is not None, **options(_HEAD_WARPS[block], ahead=not made),
     )  # fmt: skip
     return y
 
@@ -304,7 +298,7 @@ def norm_shift_step(
         x, _or(value, x), _or(gate, x), norm.weight, norm.bias, previous, *shares, out, change, norm.eps,
         width, batch * width, MIXES=len(out), LATE=value is not None, GATE=gate is not None,
         OF_PREVIOUS=of_previous, KEEP=keep, BLOCK=triton.next_power_of_2(width),
-        **_launch(8 if width > 1024 else 4),
+        **options(8 if width > 1024 else 4),
     )  # fmt: skip
     return out, change
 
@@ -317,10 +311,11 @@ def ddlerp_step(
     rank = weight.shape[1]
     out = torch.empty(5, batch, width, dtype=dtype, device=x.device)
     # The product runs in low's type, as the matrix product before it did.
-    weight = weight.to(low.dtype).contiguous()
+    matrix = weight.to(low.dtype).contiguous()
     rows, block = (1, 128) if batch <= _SINGLE else (16, 64)
     _ddlerp_kernel[(triton.cdiv(width, block), 5, triton.cdiv(batch, rows))](
-        x, delta, low.contiguous(), weight, *mixes, out, batch, width, rank,
-        RANK=max(16, triton.next_power_of_2(rank)), ROWS=rows, BLOCK=block, **_launch(4),
+        x, delta, low.contiguous(), matrix, *mixes, out, batch, width, rank,
+        RANK=max(16, triton.next_power_of_2(rank)), ROWS=rows, BLOCK=block,
+        **options(4, ahead=matrix is weight),
     )  # fmt: skip
     return out

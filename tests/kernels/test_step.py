@@ -18,6 +18,7 @@ import kernels
 from kernels.step import (
     Ending,
     Late,
+    LowRank,
     Norm,
     ddlerp_step,
     norm_shift_step_,
@@ -129,6 +130,25 @@ def test_the_decay_from_its_parameter_and_what_follows(op: str, target: Target) 
 
 
 @targets
+def test_a_decay_of_low_rank_is_multiplied_in_the_step(target: Target) -> None:
+    torch.manual_seed(8)
+    batch, heads, size, rank = 2, 3, 24, 10
+    r, k, v = (given(target, torch.randn(batch, heads, size))[0] for _ in range(3))
+    low, _ = given(target, torch.randn(batch, rank))
+    weight, _ = given(target, 0.2 * torch.randn(rank, heads * size))
+    base, u = (parameter(target, torch.randn(heads, size))[0] for _ in range(2))
+    state, _ = parameter(target, torch.randn(batch, heads, size, size))
+    other = state.clone()
+    shift = (low.double() @ weight.double()).to(target.dtype).view(r.shape)
+    y = wkv6_step_(r, k, v, LowRank(low, weight), u, state, base=base, backend=target.backend)
+    wanted = wkv6_step_(r, k, v, shift, u, other, base=base, backend=target.backend)
+    close(y, wanted.cpu().double(), 2 * target.near)
+    close(state, other.cpu().double(), 2 * target.near)
+    with pytest.raises(ValueError, match=r"log_w is a product of \[2, 10\] and \[9, 72\]; expected"):
+        wkv6_step_(r, k, v, LowRank(low, weight[:-1]), u, state, base=base, backend=target.backend)
+
+
+@targets
 @pytest.mark.parametrize("of_previous", [False, True])
 @pytest.mark.parametrize(
     ("late", "keep", "count"), [("none", False, 3), ("value", True, 1), ("gated", False, 4)]
@@ -226,8 +246,9 @@ def test_wrong_shapes_and_missing_decay_are_refused() -> None:
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own process")
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed here")
 def test_the_triton_steps_in_the_interpreter() -> None:
-    """This file again, in a process of its own: Triton reads TRITON_INTERPRET when it is imported."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton-", __file__]
+    """This file and `test_products`, in a process of its own: Triton reads TRITON_INTERPRET at its import."""
+    files = [__file__, str(Path(__file__).with_name("test_products.py"))]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton-", *files]
     environment = {n: x for n, x in os.environ.items() if not n.startswith("PYTEST_")}
     environment |= {"TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     root = Path(__file__).parents[2]
