@@ -10,7 +10,8 @@ positions), 16 samples a step as one of eight GPUs has them, JPEG pictures of 33
 Every step trains: forward and backward pass, clipping, optimizer, in a loop shorter than a Trainer's.
 Modes take turns, a block of steps each, in every round; the device is waited for at the ends of a block only.
 What a loader has prepared before its turn is thrown away first. Goal: a step at most 1.02 times one with
-resident batches, p95 of the wait at most 2 % of a step. Writes loader_wait.json and loader_wait.md.
+resident batches, p95 of the wait at most 2 % of a step. Writes loader_wait.json and loader_wait.md;
+what was measured before and is not measured again stays there.
 """
 
 from __future__ import annotations
@@ -223,23 +224,26 @@ def conversations(out: Path, n: int) -> Path:
     return write_shards(records(), out, about={})
 
 
-def table(result: dict[str, Any]) -> str:
+def table(rows: list[Row]) -> str:
     head = ["model", "reads", "batch", "mode", "step ms", "/ resident", "wait ms", "p95 ms", "p95 / step"]
-    lines = ["# The loader's wait", ""]
-    lines += [
-        "`python -m benchmarks.loader_wait`; " + ", ".join(f"{k} {v}" for k, v in result["machine"].items())
-    ]
-    lines += [
-        "",
-        f"Goals: step / resident at most {GOAL_STEP}, p95 of the wait at most {GOAL_WAIT:.0%} of a step.",
-    ]
-    lines += ["", "| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for row in result["rows"]:
-        batch = f"{row['batch']}" + (f" in {row['micro']}s" if "micro" in row else "")
-        cells = [row["model"], row["data"], batch, row["mode"], f"{row['step_ms']:.2f}"]
-        cells += [f"{row['over_resident']:.3f}", f"{row['wait_mean_ms']:.2f}", f"{row['wait_p95_ms']:.2f}"]
-        lines.append("| " + " | ".join([*cells, f"{row['wait_p95_share']:.2%}"]) + " |")
+    goals = f"a step at most {GOAL_STEP} of a resident one, p95 of the wait at most {GOAL_WAIT:.0%} of a step"
+    lines = ["# The loader's wait", "", f"`python -m benchmarks.loader_wait`; goals: {goals}."]
+    for where, there in itertools.groupby(rows, key=lambda row: row["machine"]):
+        lines += ["", ", ".join(f"{k} {v}" for k, v in where.items()) + ":", ""]
+        lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+        for row in there:
+            batch = f"{row['batch']}" + (f" in {row['micro']}s" if "micro" in row else "")
+            cells = [row["model"], row["data"], batch, row["mode"], f"{row['step_ms']:.2f}"]
+            cells += [f"{row['over_resident']:.3f}", f"{row['wait_mean_ms']:.2f}"]
+            cells += [f"{row['wait_p95_ms']:.2f}", f"{row['wait_p95_share']:.2%}"]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """Rows of before, but for the models and data that were measured again, and the new ones."""
+    again = {(row["model"], row["data"]) for row in new}
+    return [row for row in old if (row["model"], row["data"]) not in again] + new
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -250,7 +254,7 @@ def machine(device: str) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(there) if there.type == "cuda" else "cpu",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch": torch.__version__,
-        "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
+        "date": f"{datetime.date.today():%Y-%m-%d}",
     }
 
 
@@ -265,7 +269,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
     options.workers = [int(n) for n in options.workers.split(",")]
-    result: dict[str, Any] = {"machine": machine(options.device), "rows": []}
+    file = options.out / "loader_wait.json"
+    before: list[Row] = json.loads(file.read_text()) if file.exists() else []
+    rows: list[Row] = []
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
         parts = {
@@ -274,12 +280,12 @@ def main(arguments: list[str] | None = None) -> None:
         }
         for make in [one for name, made in parts.items() if options.only in (None, name) for one in made]:
             began = time.perf_counter()
-            result["rows"] += make()
+            rows += [{**row, "machine": machine(options.device)} for row in make()]
             gc.collect()
-            print(f"{result['rows'][-1]['model']}: {time.perf_counter() - began:.0f} s", flush=True)
-            (options.out / "loader_wait.json").write_text(json.dumps(result, indent=1) + "\n")
-            (options.out / "loader_wait.md").write_text(table(result))
-    print(table(result))
+            print(f"{rows[-1]['model']}: {time.perf_counter() - began:.0f} s", flush=True)
+            file.write_text(json.dumps(merged(before, rows), indent=1) + "\n")
+            (options.out / "loader_wait.md").write_text(table(merged(before, rows)))
+    print(table(merged(before, rows)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from benchmarks import loader_wait
 def test_small_run_writes_both_files(tmp_path: Path) -> None:
     out = ["--out", str(tmp_path)]
     loader_wait.main(["--tiny", "--device", "cpu", "--rounds", "1", "--workers", "0,1", *out])
-    rows = json.loads((tmp_path / "loader_wait.json").read_text())["rows"]
+    rows = json.loads((tmp_path / "loader_wait.json").read_text())
     modes = ["resident", "workers=0", "workers=1"]
     expected = [(m, d, mode) for m, d in SETS for mode in modes]
     assert [(r["model"], r["data"], r["mode"]) for r in rows] == expected
@@ -21,6 +21,13 @@ def test_small_run_writes_both_files(tmp_path: Path) -> None:
         assert (row["over_resident"] == 1) == (row["mode"] == "resident")
         assert row["wait_p95_share"] == pytest.approx(row["wait_p95_ms"] / row["step_ms"], abs=2e-4)
     assert "| paper | pictures | 4 in 2s | workers=1 |" in (tmp_path / "loader_wait.md").read_text()
+
+
+def test_what_is_not_measured_again_stays() -> None:
+    old = [{"model": "small", "data": "features", "mode": m, "step_ms": 1} for m in "ab"]
+    old += [{"model": "paper", "data": "pictures", "mode": "a", "step_ms": 1}]
+    new = [{"model": "small", "data": "features", "mode": "a", "step_ms": 2}]
+    assert loader_wait.merged(old, new) == [old[2], *new]
 
 
 def test_a_row_tells_medians_and_the_share_of_the_slowest_waits() -> None:

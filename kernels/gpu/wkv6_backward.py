@@ -74,7 +74,6 @@ def backward(
     bonus = tl.load(u + head * N + cut + tl.arange(0, BK)).to(tl.float32)[None, :]
     b, first, n, c = place(tl.program_id(1), cu, lengths, table, T, slots, PACKED, HAS_LEN)
     row = c * L
-    n = tl.where(c < 0, 0, n)
     where = tl.program_id(1).to(tl.int64) * H + head
     rt, kt, vt, wt, dyt = load_chunk(
         r, k, v, w, dy, row, n, b, first, head, cut, H, T,
@@ -105,8 +104,16 @@ def backward(
     dkey = mm_left(vt, ds, SPLIT) + mm(dscores_t, query, SPLIT)
     dkt = dkey * tl.exp2(after) + ddiagonal * rt * bonus
     store_tile(dk + at, row, n, y_t, dkt, BK, L)
-    dwt += over_time(j < i, key * dkey - from_query, False, SPLIT)
-    store_decay(dw, at, part, dwt, row, n, y_t, BK, L, STATIC)
+    change = key * dkey - from_query
+    if STATIC:
+        # The sum of a running sum: each step counts as often as live steps follow it, without a product.
+        live = tl.maximum(tl.minimum(n - row, L), 0)
+        follow = tl.maximum(live - 1 - tl.arange(0, L), 0).to(tl.float32)[:, None]
+        total = tl.sum(change * follow - from_query, 0) + live.to(tl.float32) * dtotal
+        tl.store(dw + part, tl.where(live > 0, total, 0.0))  # a slot without a chunk has no states
+    else:
+        dwt += over_time(j < i, change, False, SPLIT)
+        store_tile(dw + at, row, n, y_t, dwt, BK, L)
 
 
 @triton.jit(do_not_specialize=["T", "H", "slots"])
