@@ -15,6 +15,7 @@ from torch.utils.data import get_worker_info
 
 from data.batch import collate
 from data.dataset import Examples, Sample
+from data.failed import Failed, passed, raised
 from data.images import BadPicture
 from data.loader import heedless
 from data.passing import Passing
@@ -74,6 +75,7 @@ def stream_loader(
         partial(_shuffled, wds, source.shuffle, name, rank),
         partial(_samples, examples, reader, left),
         partial(_batches, size, multiple),
+        _errors_as_batches,
     )
     # A generator of its own: making an iterator must not draw from the global random state.
     generator = torch.Generator()
@@ -120,7 +122,7 @@ class Limited:
 
     def __iter__(self) -> Iterator[Batch]:
         number = 0
-        for number, batch in enumerate(islice(self._loader, self._n), 1):  # noqa: B007
+        for number, batch in enumerate(raised(islice(self._loader, self._n)), 1):  # noqa: B007
             yield batch
         if number < self._n:
             raise RuntimeError(f"the stream ended after {number:,} of {self._n:,} batches")
@@ -187,3 +189,12 @@ def _batches(size: int, multiple: int, samples: Iterable[Sample]) -> Iterator[Ba
     stream = iter(samples)
     while batch := list(islice(stream, size)):
         yield collate(batch, multiple=multiple)
+
+
+def _errors_as_batches(batches: Iterable[Batch]) -> Iterator[Batch | Failed]:
+    """The batches; in a worker an error ends them as a last one, to be raised where they arrive."""
+    stream = iter(batches)
+    while (batch := passed(lambda: next(stream, None))) is not None:
+        yield batch
+        if isinstance(batch, Failed):
+            return

@@ -158,6 +158,16 @@ def test_strict_stops_at_a_bad_sample_and_tolerant_leaves_it_out(folder, tmp_pat
     assert [row["key"] for row in rows[:2]] == ["00000000", "00000003"]
 
 
+def test_an_error_of_a_worker_arrives_as_it_was_raised(folder, tmp_path):
+    source = Streamed((str(damaged(folder, tmp_path)),), shuffle=0, resample=False)
+    with pytest.raises(BadRecord) as alone:
+        loaded(source)
+    with pytest.raises(BadRecord) as sent:
+        loaded(source, workers=1)
+    assert str(sent.value) == str(alone.value)
+    assert sent.value.__notes__[0].startswith("in a loader worker:")
+
+
 def test_a_cut_shard_is_told(folder, tmp_path):
     cut = tmp_path / "cut.tar"
     shutil.copy(folder / "shard-000000.tar", cut)
