@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 import kernels
+from benchmarks.kernel_timing import medians
 from kernels.step import (
     Ending,
     Late,
@@ -56,15 +57,6 @@ def events(once: Unit, rounds: int = 21) -> float:
         if turn >= 3:
             times.append(begin.elapsed_time(end))
     return statistics.median(times)
-
-
-def in_turn(calls: dict[str, Unit], rounds: int = 21) -> dict[str, float]:
-    """Median milliseconds of each call between CUDA events, the calls taking turns."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, once in calls.items():
-            found[name].append(events(once, 1))
-    return {name: statistics.median(times) for name, times in found.items()}
 
 
 def captured(units: list[Unit]) -> torch.cuda.CUDAGraph:
@@ -132,7 +124,7 @@ class Layer:
             dtype=torch.bfloat16,
             keep=six,
         )
-        if six:
+        if change is not None:
             ddlerp_step(self.before, change, self.low, self.up, self.mixes[1:], dtype=torch.bfloat16)
 
     def channel_shift(self, mixes: int) -> None:
@@ -166,9 +158,9 @@ class Layer:
 
 def step_rows(op: str, batch: int, early: bool) -> dict[str, Any]:
     """Milliseconds a token of all layers' step kernels inside a graph, by position and by part."""
-    from kernels.gpu import launch
+    from kernels.gpu import one_token
 
-    launch.early = early
+    one_token.early = early
     bytes_state = 4 * batch * HEADS * SIZE * (3 if op == "rwkv4" else SIZE) * LAYERS
     sets = min(8, max(1, round(RESIDENT / bytes_state)))  # tokens a graph holds, each with its own states
     layers = [Layer(op, batch) for _ in range(LAYERS * sets)]
@@ -179,7 +171,7 @@ def step_rows(op: str, batch: int, early: bool) -> dict[str, Any]:
         graph = captured([lambda part=part, layer=layer: part(layer) for layer in layers])  # type: ignore[misc]
         row[name] = events(graph.replay) / sets
     row["at"] = by_position(layers[:LAYERS], POSITIONS[batch]) if op == "rwkv6" and not early else {}
-    launch.early = False
+    one_token.early = False
     return row
 
 
@@ -236,7 +228,8 @@ def model_row(op: str, name: str, batch: int) -> dict[str, Any]:
         alike = torch.equal(eager.logits, graph.logits)
         apart.load(token, state)
         times = {"forward": events(forward, 9), "eager": events(eager.step, 9)}
-        times |= in_turn({"graph": graph.step, "apart": apart.step})
+        both = {"graph": lambda turn: graph.step(), "apart": lambda turn: apart.step()}
+        times |= medians(both, token.device, mode="stream", reps=21, budget_ms=1000)
     weights = sum(p.numel() for p in model.parameters()) - model.emb.weight.numel()
     row: dict[str, Any] = {"op": op, "model": name, "batch": batch, "mode": graph.mode, **times}
     return row | {"same_tokens": same, "same_logits": alike, "weight_bytes": 2 * weights}

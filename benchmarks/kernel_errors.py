@@ -119,17 +119,18 @@ def errors(op: str, found: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[
 
     "<tensor>_rounded": the error of the exact answer once rounded to the tensor's type, which nobody who
     returns that type can pass under. Exact numbers beyond the type's range are counted ("beyond") and left
-    out.
+    out of the errors; "lost" counts what is not finite although the type could hold it.
     """
-    rows: dict[str, dict[str, object]] = {regime: {"finite": True, "beyond": 0} for regime in ALL}
+    rows: dict[str, dict[str, object]] = {regime: {"finite": True} for regime in ALL}
     for name, value in found.items():
         pairs = zip(parts(op, name, value), parts(op, name, exact[name]), strict=True)
         for (regime, a), (_, b) in pairs:
             row = rows[regime]
             rounded = b.to(a.dtype)
             held = rounded.isfinite()
-            row["finite"] = bool(row["finite"]) and bool((a.isfinite() | ~held).all())
-            row["beyond"] = int(str(row["beyond"])) + int((~held).sum())
+            row["finite"] = bool(row["finite"]) and bool(a.isfinite().all())
+            for what, where in (("beyond", ~held), ("lost", held & ~a.isfinite())):
+                row[what] = int(str(row.get(what, 0))) + int(where.sum())
             if regime != LIMITS:
                 size = b[held].norm().clamp(min=1e-300)
                 row[name] = float((a.double() - b)[held].norm() / size)

@@ -252,18 +252,19 @@ def warm(bench: Bench, ops: list[str], parts: list[str]) -> None:
     """
     start_builds([int(op[-1]) for op in ops if "rwkv package" in bench.runs(op)])
     for op in ops:
-        warm_variant(bench, f"{op}:{bench.shapes(op)[0].width}:bf16:plain")
+        warm_variant(bench, f"{op}:{bench.shapes(op)[0].width}:bf16:plain:8")
     bench.say(f"peers tuned: {len(kernel_tuning.WINNERS)} kernels")
     kernel_tuning.save(Path(bench.options.out), bench.device)
     heads = [op for op in ops if op != "wkv4"]
     # Without the part `time` only the smallest shapes run.
     timed = [s for op in ops for s in (bench.shapes(op) if "time" in parts else bench.shapes(op)[:1])]
+    # The number of samples matters to RWKV-4 alone, whose segments depend on it.
     few = {(s.op, s.width, s.batch if s.op == "wkv4" else 8) for s in timed}
     jobs = [f"{op}:{w}:bf16:{k}:{b}" for op, w, b in sorted(few) for k in ("plain", "state")]
     if "packed" in parts:
-        jobs += [f"{op}:32:bf16:packed" for op in heads]
+        jobs += [f"{op}:32:bf16:packed:1" for op in heads]
     if "error" in parts:
-        jobs += [f"{op}:{'384' if op == 'wkv4' else '12'}:{d}:state" for op in ops for d in DTYPES]
+        jobs += [f"{op}:{'384' if op == 'wkv4' else '12'}:{d}:state:1" for op in ops for d in DTYPES]
     command = [sys.executable, "-m", "benchmarks.kernels", "--out", bench.options.out]
     command += ["--backend", bench.backend, "--impls", ",".join(bench.options.impls), "--warm"]
     shares = [jobs[i :: bench.options.workers] for i in range(bench.options.workers)]
@@ -275,12 +276,10 @@ def warm(bench: Bench, ops: list[str], parts: list[str]) -> None:
 
 def warm_variant(bench: Bench, job: str) -> None:
     """Runs every implementation once, forward and backward, on a short input of one variant."""
-    op, width, dtype, kind, *given = job.split(":")
+    op, width, dtype, kind, batch = job.split(":")
     # The sizes keep what compilers specialise on: batch of 1 or not, lengths divisible by 16; RWKV-4 with one
     # sample cuts its time into segments, from 2,048 steps on as many as with more.
-    batch = 1 if kind == "packed" or dtype != "bf16" or int(width) in (12, 384) else 8
-    batch = int(given[0]) if given else batch
-    shape = Shape(op, batch, 2048 if op == "wkv4" else 512, int(width))
+    shape = Shape(op, int(batch), 2048 if op == "wkv4" else 512, int(width))
     x = random_inputs(shape, DTYPES[dtype], bench.device, state=kind == "state")
     ends = torch.tensor([0, 200, 512], device=bench.device) if kind == "packed" else None
     for name, run in bench.runs(op).items():

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,8 +86,8 @@ def _timed(call: Call, turn: int, device: torch.device, mode: str, host_ms: floa
     return lambda: start.elapsed_time(end)
 
 
-def captured(call: Call, count: int, device: torch.device) -> Call:
-    """The call in CUDA graphs, one per input set."""
+def captured(call: Call, count: int, device: torch.device, *, pool: Any = None) -> Call:
+    """The call in CUDA graphs, one per input set; pool: memory shared with graphs that never run at once."""
     if device.type != "cuda":
         return call
     side = torch.cuda.Stream(device)
@@ -98,7 +99,7 @@ def captured(call: Call, count: int, device: torch.device) -> Call:
     graphs = []
     for turn in range(count):
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=pool):
             call(turn)
         graphs.append(graph)
     return lambda turn: graphs[turn % count].replay()

@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from torch import Tensor
 
 import kernels
 from benchmarks.kernel_models import cheap_initial_values
+from benchmarks.kernel_timing import captured
 from toolkit import register
 from toolkit.trunk import LanguageModel, ScanSteps
 
@@ -65,20 +67,6 @@ def step(
         hidden.float().square().mean().backward()
 
     return once
-
-
-def captured(once: Callable[[], None], device: torch.device, pool: Any) -> Callable[[], None]:
-    """The step as a CUDA graph; graphs that never run at once share a memory pool."""
-    side = torch.cuda.Stream(device)
-    side.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            once()
-    torch.cuda.current_stream(device).wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        once()
-    return graph.replay
 
 
 def milliseconds(once: Callable[[], None], device: torch.device) -> float:
@@ -125,7 +113,10 @@ def measure(sizes: dict[str, int], device: torch.device) -> list[dict[str, Any]]
         ways = {"kernel by kernel": calls}
         if device.type == "cuda":
             pool = torch.cuda.graph_pool_handle()
-            ways["captured"] = {name: captured(once, device, pool) for name, once in calls.items()}
+            ways["captured"] = {
+                name: partial(captured(lambda turn, once=once: once(), 1, device, pool=pool), 0)
+                for name, once in calls.items()
+            }
         for how, them in ways.items():
             ms = medians(them, sizes["rounds"], device)
             ratio = {n: ms[n] / ms["uni"] for n in SCANS}

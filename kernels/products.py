@@ -3,8 +3,8 @@
     products_step(x, (Product(0, key), Product(1, receptance)))
 
 At one token a product is bound by reading its matrix. What the layers multiply at the same time runs as one
-kernel, which reads all those matrices at once, with what follows each product (tanh, squared ReLU) in it. Up
-to FEW samples; beyond, and on a CPU, the matrix library runs one product after the other.
+kernel, which reads all those matrices at once, with what follows each product (tanh, squared ReLU) in it
+(kernels/gpu/products.py). On a CPU the matrix library runs one product after the other.
 """
 
 from __future__ import annotations
@@ -17,12 +17,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .dispatch import pick, register
-
-FEW = 8
-"""Samples up to which the products of a token run in one kernel of ours."""
-
-WIDEST = 16384
-"""The longest row of a matrix that a program of the kernel holds in registers."""
 
 AFTER = ("", "tanh", "relu2")
 
@@ -54,8 +48,6 @@ def products_step(
     ValueError for shapes that do not fit, and for more products.
     """
     _check(x, products)
-    if x.shape[1] > FEW or x.shape[2] > WIDEST:
-        return _plain(x, products)
     unfit = "float64 runs on the torch backend" if x.dtype == torch.float64 else ""
     found: tuple[Tensor, ...] = pick("products_step", backend, x.device, unfit)(x, products)
     return found
@@ -82,7 +74,8 @@ def _check(x: Tensor, products: Sequence[Product]) -> None:
             raise ValueError(f"products_step: nothing called {one.then!r} follows; write tanh or relu2")
 
 
-def _plain(x: Tensor, products: Sequence[Product]) -> tuple[Tensor, ...]:
+def plain(x: Tensor, products: Sequence[Product]) -> tuple[Tensor, ...]:
+    """One product after the other, by the matrix library."""
     found = []
     for row, weight, turned, then in products:
         y = x[row] @ weight.to(x.dtype) if turned else F.linear(x[row], weight.to(x.dtype))
@@ -94,4 +87,4 @@ def _plain(x: Tensor, products: Sequence[Product]) -> tuple[Tensor, ...]:
     return tuple(found)
 
 
-register("products_step", reference=_plain, torch=_plain, triton="kernels.gpu.products:products_step")
+register("products_step", reference=plain, torch=plain, triton="kernels.gpu.products:products_step")

@@ -38,13 +38,13 @@ def overlapped(device: torch.device) -> Iterator[None]:
     if not able or backends()["triton"]:
         yield
         return
-    from .gpu import launch
+    from .gpu import one_token
 
-    before, launch.early = launch.early, True
+    before, one_token.early = one_token.early, True
     try:
         yield
     finally:
-        launch.early = before
+        one_token.early = before
 
 
 SIZES = 128
@@ -166,19 +166,19 @@ def norm_shift_step_(
     dtype: torch.dtype,
     keep: bool = False,
     backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """x [B,D] += late; n = LayerNorm(x); -> (the mixes of n and `previous` [M,B,D] in `dtype`, a change).
 
     mixes: up to four tensors of D elements, shares of the current token, or of the previous one with
     `of_previous`. previous [B,D] becomes n. The change, with `keep`: previous - n [B,D] in float32 (or
-    float64), which `ddlerp_step` reads; without it a tensor to be ignored.
+    float64), which `ddlerp_step` reads; without it None.
     """
     if len(mixes) > 4:
         raise ValueError(f"norm_shift_step: {len(mixes)} mixes; give at most four")
     check_rows("norm_shift_step", x=x, previous=previous)
     check_shares("norm_shift_step", mixes, x.shape[1])
     kernel = pick("norm_shift_step", backend, x.device, _unfit(x, x.shape[-1] / 64))
-    mixed: tuple[Tensor, Tensor] = kernel(x, late, norm, previous, mixes, of_previous, dtype, keep)
+    mixed: tuple[Tensor, Tensor | None] = kernel(x, late, norm, previous, mixes, of_previous, dtype, keep)
     return mixed
 
 
@@ -296,7 +296,7 @@ def _norm_shift(
     of_previous: bool,
     dtype: torch.dtype,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     if late is not None:
         x += late.value if late.gate is None else torch.sigmoid(wide(late.gate)) * late.value
     weight, bias = wide(norm.weight), wide(norm.bias)
@@ -306,7 +306,7 @@ def _norm_shift(
     mixed = torch.empty(len(mixes), *x.shape, dtype=dtype, device=x.device)
     for out, share in zip(mixed, mixes, strict=True):
         out.copy_(torch.lerp(first, second, wide(share).flatten()))
-    change = wide(previous) - wide(n) if keep else previous
+    change = wide(previous) - wide(n) if keep else None
     previous.copy_(n)
     return mixed, change
 

@@ -60,9 +60,13 @@ def test_every_tensor_and_regime_gets_its_own_error(op: str) -> None:
     names = {"o", "state", "dk", "dv", "dlog_w", "du", "dstate"}
     names |= set() if op == "wkv4" else {"dr"}
     for regime in REGIMES:
-        assert set(rows[regime]) == names | {f"{name}_rounded" for name in names} | {"finite", "beyond"}
+        assert set(rows[regime]) == names | {f"{name}_rounded" for name in names} | {
+            "finite",
+            "beyond",
+            "lost",
+        }
         assert max(float(str(rows[regime][name])) for name in names - {"dlog_w"}) < 1e-4
-    assert rows["limits"] == {"finite": True, "beyond": 0}
+    assert rows["limits"] == {"finite": True, "beyond": 0, "lost": 0}
     spoilt = dict(found, dv=found["dv"].clone())
     spoilt["dv"][..., 0, 0 if op == "wkv4" else slice(None)] = torch.nan
     again = kernel_errors.errors(op, spoilt, exact)
@@ -75,9 +79,9 @@ def test_numbers_beyond_a_type_are_counted_and_left_out() -> None:
     exact["o"][0, 0, 0, 0] = 1e5  # fp16 ends at 65,504
     found = {"o": exact["o"].half()}
     row = kernel_errors.errors("wkv6", found, exact)["near_one"]
-    assert row == {"finite": True, "beyond": 1, "o": 0.0, "o_rounded": 0.0}
+    assert row == {"finite": False, "beyond": 1, "lost": 0, "o": 0.0, "o_rounded": 0.0}
     found["o"][0, 0, 0, 1] = torch.inf
-    assert kernel_errors.errors("wkv6", found, exact)["near_one"]["finite"] is False
+    assert kernel_errors.errors("wkv6", found, exact)["near_one"]["lost"] == 1
 
 
 def test_a_tiny_run_writes_rows_and_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -120,8 +124,10 @@ def test_targets_fail_when_missed() -> None:
     assert "floor: 1 of 2" in lines[1]
     assert "budget: 0 of 1" in lines[2]
     assert "errors: 0 of 1" in lines[3]
-    rows[-1]["dk_rounded"] = 1.89e-3  # no bf16 number is nearer
-    assert "errors: 1 of 1" in kernel_table.target_list(rows)[3]
+    rows[-1] |= {"lost": 0, "dk_rounded": 1.89e-3}  # no bf16 number is nearer
+    assert "errors: 0 of 1; not: wkv6 bf16 T=512 mixed (rounding alone)" in kernel_table.target_list(rows)[3]
+    rows[-1]["dk_rounded"] = 1.7e-3
+    assert "rounding alone" not in kernel_table.target_list(rows)[3]
 
 
 def test_a_tiny_whole_model_run_counts_flop_and_tokens(tmp_path: Path) -> None:

@@ -100,6 +100,7 @@ def time_mix6(
     mixed, change = norm_shift_step_(
         x, late, plain(norm), previous, (mix.time_maa_x,), of_previous=True, dtype=dtype, keep=True
     )
+    assert change is not None
     (low,) = products_step(mixed, (Product(0, mix.time_maa_w1, turned=True),))  # [B, 5 * rank]
     shares = (mix.time_maa_w, mix.time_maa_k, mix.time_maa_v, mix.time_maa_r, mix.time_maa_g)
     mixed = ddlerp_step(previous, change, low, mix.time_maa_w2, shares, dtype=dtype)  # w, k, v, r, g

@@ -16,20 +16,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.products import AFTER
+from kernels.products import AFTER, plain
 
-from .launch import await_results, options
+from .one_token import await_results, options, tanh
 
 if TYPE_CHECKING:
     from kernels.products import Product
 
+FEW = 8
+"""Samples up to which the products of a token are one kernel."""
+
+_WIDEST = 16384  # the longest row of a matrix that a program holds
 _TILE = 8192  # numbers of a matrix that a program of 128 threads holds
 _TURNED = 16384  # and of a turned one, of which there are few
 
 
 @triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
+def _followed(value, after):
+    """What follows a product, by its number in AFTER."""
+    above = tl.maximum(value, 0.0)
+    return tl.where(after == 2, above * above, tl.where(after == 1, tanh(value), value))
 
 
 @triton.jit
@@ -47,13 +53,8 @@ def _turned(
     part = tl.load(x + (row * batch + sample).to(tl.int64) * width + i[:, None], mask=inside, other=0)
     total = tl.sum(part.to(tl.float32) * tile.to(tl.float32), 0)
     kind: tl.constexpr = y.dtype.element_ty
-    result = total.to(kind).to(tl.float32)
-    if THEN == 1:
-        result = _tanh(result)
-    if THEN == 2:
-        result = tl.maximum(result, 0.0)
-        result = result * result
-    tl.store(y + sample.to(tl.int64) * across + j, result.to(kind), mask=j < across)
+    value = _followed(total.to(kind).to(tl.float32), THEN)
+    tl.store(y + sample.to(tl.int64) * across + j, value.to(kind), mask=j < across)
 
 
 @triton.jit(do_not_specialize=[f"{name}{i}" for name in ("out", "row") for i in range(4)] + ["row_turned"])
@@ -104,15 +105,15 @@ def _products(
         # A row of two dimensions, in the layout of the matrix: nothing has to be moved between threads.
         part = tl.load(x + at + i[None, :], mask=(i < width)[None, :], other=0)
         value = tl.sum(wide * part.to(tl.float32), 1).to(kind).to(tl.float32)
-        above = tl.maximum(value, 0.0)
-        value = tl.where(after == 2, above * above, tl.where(after == 1, _tanh(value), value))
-        tl.store(y + sample * out.to(tl.int64) + j, value.to(kind), mask=j < out)
+        tl.store(y + sample * out.to(tl.int64) + j, _followed(value, after).to(kind), mask=j < out)
 
 
 def products_step(x: Tensor, products: Sequence[Product]) -> tuple[Tensor, ...]:
-    """As `kernels.products.products_step`."""
-    x = x.contiguous()
+    """As `kernels.products.products_step`; the matrix library has more samples, and longer rows."""
     batch, width = x.shape[1:]
+    if batch > FEW or width > _WIDEST:
+        return plain(x, products)
+    x = x.contiguous()
     outputs = [torch.empty(batch, one.width, dtype=x.dtype, device=x.device) for one in products]
     straight = [i for i, one in enumerate(products) if not one.turned]
     side = next((i for i, one in enumerate(products) if one.turned), 0)

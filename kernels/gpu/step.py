@@ -3,7 +3,7 @@
 Each kernel holds what it needs in registers and touches every byte once; at B = 1 its time is the launch
 and one trip to memory. The arithmetic is float32 whatever the inputs are. Tensors are contiguous.
 
-The kernels may be launched before their predecessor in the stream has ended (`launch.early`).
+The kernels may be launched before their predecessor in the stream has ended (`one_token.early`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import await_results, options
+from .one_token import await_results, options, tanh
 
 if TYPE_CHECKING:
     from kernels.step import Ending, Late, LowRank, Norm
@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 # Warps of a program that holds one head's state, by head size (padded to a power of two).
 _HEAD_WARPS = {16: 1, 32: 2, 64: 4, 128: 8}
 # A ddlerp program makes one of the five mixes: for one row and 128 columns up to this many rows, else for 16
-# rows, the smallest tensor-core tile, and 64 columns.
+# rows, the smallest tensor-core tile, and 64 columns. Row by row a sample's bits do not depend on the others;
+# with eight rows that costs 0.67 against 0.61 ms for a token of 32 layers of 2,560 on an H100.
 _SINGLE = 8
 _CHANNELS = 256  # channels of an RWKV-4 program
 
@@ -181,11 +182,6 @@ def _one_of(mix, m0, m1, m2, m3, m4, d, inside):
 
 
 @triton.jit
-def _tanh(x):
-    return 2 * tl.sigmoid(2 * x) - 1
-
-
-@triton.jit
 def _ddlerp_kernel(
     x, delta, low, weight, m0, m1, m2, m3, m4, out, batch, width, rank,
     RANK: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
@@ -202,7 +198,7 @@ def _ddlerp_kernel(
         inside = d < width
         at = row * width + d
         l = tl.load(low + row * (5 * rank) + mix * rank + j, mask=j < rank, other=0)  # noqa: E741
-        l = _tanh(l.to(tl.float32)).to(w.dtype).to(tl.float32)  # noqa: E741
+        l = tanh(l.to(tl.float32)).to(w.dtype).to(tl.float32)  # noqa: E741
         share = tl.sum(l[:, None] * w.to(tl.float32), 0) + fixed
     else:
         rows = (tl.program_id(2) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
@@ -211,7 +207,7 @@ def _ddlerp_kernel(
         at = rows[:, None] * width + d[None, :]
         spot = low + rows[:, None] * (5 * rank) + mix * rank + j[None, :]
         l = tl.load(spot, mask=alive[:, None] & (j < rank)[None, :], other=0)  # noqa: E741
-        l = _tanh(l.to(tl.float32)).to(w.dtype)  # noqa: E741
+        l = tanh(l.to(tl.float32)).to(w.dtype)  # noqa: E741
         share = tl.dot(l, w, input_precision="ieee") + fixed[None, :]
     now = tl.load(x + at, mask=inside, other=0).to(tl.float32)
     change = tl.load(delta + at, mask=inside, other=0)
@@ -287,18 +283,18 @@ def norm_shift_step(
     of_previous: bool,
     dtype: torch.dtype,
     keep: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """As `kernels.step.norm_shift_step_`."""
     batch, width = x.shape
     out = torch.empty(len(mixes), batch, width, dtype=dtype, device=x.device)
-    change = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keep else previous
+    change = torch.empty(x.shape, dtype=torch.float32, device=x.device) if keep else None
     value, gate = late or (None, None)
     shares = [*mixes, *(4 * [norm.weight])][:4]
     _norm_shift_kernel[(batch,)](
-        x, _or(value, x), _or(gate, x), norm.weight, norm.bias, previous, *shares, out, change, norm.eps,
-        width, batch * width, MIXES=len(out), LATE=value is not None, GATE=gate is not None,
-        OF_PREVIOUS=of_previous, KEEP=keep, BLOCK=triton.next_power_of_2(width),
-        **options(8 if width > 1024 else 4),
+        x, _or(value, x), _or(gate, x), norm.weight, norm.bias, previous, *shares, out,
+        _or(change, x), norm.eps, width, batch * width,
+        MIXES=len(out), LATE=value is not None, GATE=gate is not None, OF_PREVIOUS=of_previous,
+        KEEP=keep, BLOCK=triton.next_power_of_2(width), **options(8 if width > 1024 else 4),
     )  # fmt: skip
     return out, change
 

@@ -117,19 +117,6 @@ def _forward(
     return y, last, marks
 
 
-def _forward_shapes(
-    k: Tensor,
-    v: Tensor,
-    log_w: Tensor,
-    u: Tensor,
-    state: Tensor | None,
-    lengths: Tensor | None,
-    cu_seqlens: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _outputs(k, _call(k, lengths, cu_seqlens), save)
-
-
 def _outputs(k: Tensor, call: _Call, save: bool) -> tuple[Tensor, Tensor, Tensor]:
     y = k.new_empty(k.shape)
     last = k.new_empty(call.samples, 3, call.width, dtype=torch.float32)
@@ -183,19 +170,6 @@ def _backward(
     return gradients
 
 
-def _backward_shapes(
-    dy: Tensor,
-    dlast: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    log_w: Tensor,
-    u: Tensor,
-    state: Tensor | None,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return _gradients(k, log_w, u, state)
-
-
 def _gradients(
     k: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -224,10 +198,14 @@ def _differentiate(
 _INPUTS = "Tensor k, Tensor v, Tensor log_w, Tensor u, Tensor? state, Tensor? lengths, Tensor? cu_seqlens"
 _wkv4 = operator(
     "wkv4",
-    Launch(_forward, _forward_shapes, f"({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)"),
+    Launch(
+        _forward,
+        lambda k, v, w, u, state, lengths, cu, save: _outputs(k, _call(k, lengths, cu), save),
+        f"({_INPUTS}, bool save) -> (Tensor, Tensor, Tensor)",
+    ),
     Launch(
         _backward,
-        _backward_shapes,
+        lambda dy, dlast, k, v, w, u, state, *_: _gradients(k, w, u, state),
         f"(Tensor dy, Tensor? dlast, {_INPUTS}, Tensor last, Tensor marks)"
         " -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     ),

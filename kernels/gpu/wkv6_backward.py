@@ -99,7 +99,6 @@ def backward(
     drt = dquery * tl.exp2(ahead) + ddiagonal * kt * bonus
     store_tile(dr + at, row, n, y_t, drt, BK, L)
     from_query = query * dquery
-    dwt = dtotal[None, :] - from_query
     dscores_t = tl.where(j > i, mm_both(vt, tl.trans(dyt), SPLIT), 0.0)
     dkey = mm_left(vt, ds, SPLIT) + mm(dscores_t, query, SPLIT)
     dkt = dkey * tl.exp2(after) + ddiagonal * rt * bonus
@@ -112,7 +111,7 @@ def backward(
         total = tl.sum(change * follow - from_query, 0) + live.to(tl.float32) * dtotal
         tl.store(dw + part, tl.where(live > 0, total, 0.0))  # a slot without a chunk has no states
     else:
-        dwt += over_time(j < i, change, False, SPLIT)
+        dwt = dtotal[None, :] - from_query + over_time(j < i, change, False, SPLIT)
         store_tile(dw + at, row, n, y_t, dwt, BK, L)
 
 

@@ -182,7 +182,9 @@ def test_residual_norm_and_shift(
     close(mixed, wanted, target.near)
     close(x, x64, 2e-6)
     close(before, n64, 2e-6)
-    if keep:
+    if change is None:
+        assert not keep
+    else:
         close(change, before64 - n64, 2e-6)
 
 
@@ -200,6 +202,20 @@ def test_data_dependent_shift(batch: int, width: int, rank: int, target: Target)
         x, delta, low, weight, [m[0] for m in mixes], dtype=target.dtype, backend=target.backend
     )
     close(mixed, wanted, 2 * target.near)
+
+
+@pytest.mark.parametrize("target", [pytest.param(t, marks=gpu, id=f"triton-{t.dtype}") for t in TRITON])
+def test_the_shift_of_a_sample_has_its_bits_alone_and_in_a_batch(target: Target) -> None:
+    torch.manual_seed(9)
+    (x, _), (delta, _) = (parameter(target, torch.randn(8, 200)) for _ in range(2))
+    low, _ = given(target, torch.randn(8, 50))
+    weight, _ = given(target, 0.1 * torch.randn(5, 10, 200))
+    mixes = [parameter(target, torch.rand(200))[0] for _ in range(5)]
+    together = ddlerp_step(x, delta, low, weight, mixes, dtype=target.dtype, backend="triton")
+    for i in range(8):
+        rows = (one[i : i + 1] for one in (x, delta, low))
+        alone = ddlerp_step(*rows, weight, mixes, dtype=target.dtype, backend="triton")
+        assert torch.equal(alone[:, 0], together[:, i])
 
 
 def test_a_state_that_cannot_be_overwritten_is_refused() -> None:

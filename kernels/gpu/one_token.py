@@ -1,4 +1,4 @@
-"""How the kernels of one token are launched: after their predecessor, or before it has ended.
+"""What the kernels of one token share: how they are launched, after their predecessor or before it has ended.
 
 With `early` a kernel loads what no kernel writes, the parameters, and waits for the predecessor's results
 only after that (programmatic dependent launch, from compute capability 9.0 on).
@@ -32,3 +32,8 @@ def await_results(EARLY: tl.constexpr):
     if EARLY:
         nv.gdc_wait()
         nv.gdc_launch_dependents()
+
+
+@triton.jit
+def tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
