@@ -215,24 +215,14 @@ _wkv4 = operator(
 
 
 def wkv4(
-    k: Tensor,
-    v: Tensor,
-    log_w: Tensor,
-    u: Tensor,
-    state: Tensor | None = None,
-    lengths: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    k: Tensor, v: Tensor, log_w: Tensor, u: Tensor, state: Tensor | None,
+    lengths: Tensor | None, cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """k, v [B,T,D]; log_w, u [D]; state [B,3,D] float32 -> y [B,T,D] in k's dtype, state [B,3,D].
 
-    Packed sequences: B = 1, states [S,3,D]. Keys are taken to lie within +-1e38. Raises ValueError if the
-    last dimension of k or v has gaps.
+    Packed sequences: B = 1, states [S,3,D]. Keys are taken to lie within +-1e38.
     """
-    for name, x in (("k", k), ("v", v)):
-        if x.stride(-1) != 1 and x.shape[-1] > 1:
-            raise ValueError(f"wkv4 takes {name} with a contiguous last dimension, not strides {x.stride()}")
-    tensors = [k, v, log_w, u] if state is None else [k, v, log_w, u, state]
-    save = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    save = torch.is_grad_enabled() and any(x.requires_grad for x in (k, v, log_w, u, state) if x is not None)
     y, last, _marks = _wkv4(k, v, log_w, u, state, lengths, cu_seqlens, save)
     return y, last
 
