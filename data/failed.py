@@ -6,6 +6,7 @@ import copy
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from torch.utils.data import Dataset, get_worker_info
@@ -28,7 +29,7 @@ def passed(make: Callable[[], Any]) -> Any:
     try:
         return make()
     except ValueError as error:
-        # An error that cannot travel would never arrive, and its batch be waited for without an end.
+        # An error that cannot travel would never arrive: its batch would be waited for, or passed over.
         if get_worker_info() is None or not _travels(error):
             raise
         return Failed(error, traceback.format_exc())
@@ -58,6 +59,7 @@ class Fallible(Dataset[Any]):
 
 def _travels(error: ValueError) -> bool:
     try:
+        ForkingPickler.dumps(error)  # as the queue does, in a thread that tells nobody
         return type(copy.copy(error)) is type(error)  # rebuilt as on arrival
     except Exception:  # whatever an error's own class does when it is rebuilt
         return False

@@ -29,6 +29,9 @@ class LostShard(ValueError):
         # webdataset adds its stream and URL to the arguments of what passes through it.
         return str(self.args[0])
 
+    def __reduce__(self) -> tuple[type[LostShard], tuple[str]]:
+        return LostShard, (str(self),)  # an open stream cannot leave its process
+
 
 class Left:
     """What a tolerant stream leaves out: a line in the report, and one in the log, once for each sample.

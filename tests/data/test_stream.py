@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import tarfile
 from collections import Counter
@@ -13,11 +14,12 @@ from io import BytesIO
 import pytest
 import torch
 
+from data.failed import passed
 from data.reader import ShardReader
 from data.records import BadRecord
 from data.remote import Origin, Remote
 from data.stream import Streamed, stream_loader
-from data.stream_shards import Steady
+from data.stream_shards import LostShard, Steady
 
 from .helpers import Letters, mean_color, picture, plain_prompt, shard_folder
 from .serving import served
@@ -168,14 +170,25 @@ def test_an_error_of_a_worker_arrives_as_it_was_raised(folder, tmp_path):
     assert sent.value.__notes__[0].startswith("in a loader worker:")
 
 
-def test_a_cut_shard_is_told(folder, tmp_path):
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_cut_shard_is_told(folder, tmp_path, workers):
     cut = tmp_path / "cut.tar"
     shutil.copy(folder / "shard-000000.tar", cut)
     os.truncate(cut, 700)
-    with pytest.raises(
-        ValueError, match=r"^[^(]*cut.tar: the rest of the shard is lost: .*read with data=shards$"
-    ):
-        loaded(Streamed((str(cut),), shuffle=0, resample=False))
+    with pytest.raises(LostShard) as told:
+        loaded(Streamed((str(cut),), shuffle=0, resample=False), workers=workers)
+    wanted = r"[^(]*cut.tar: the rest of the shard is lost: .*read with data=shards"
+    assert re.fullmatch(wanted, str(told.value))
+
+
+def test_an_error_that_cannot_travel_is_raised_where_it_is(monkeypatch):
+    monkeypatch.setattr("data.failed.get_worker_info", lambda: "a worker")
+
+    def fails():
+        raise ValueError("with an open file", file)
+
+    with open(os.devnull) as file, pytest.raises(ValueError, match="with an open file"):
+        passed(fails)
 
 
 def test_captions_of_foreign_shards(tmp_path):
