@@ -82,7 +82,8 @@ def plain(x: Tensor, products: Sequence[Product]) -> tuple[Tensor, ...]:
         if then == "tanh":
             y = torch.tanh(y)
         elif then == "relu2":
-            y = torch.relu_(y).square()
+            y = torch.relu_(y)
+            y = y * y  # not square(), which autocast computes and returns in float32
         found.append(y)
     return tuple(found)
 

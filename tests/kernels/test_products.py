@@ -9,7 +9,7 @@ from kernels.products import Product, products_step
 
 from .test_step import TRITON, Target, close, given, gpu, targets
 
-MANY = 9  # one more than the kernel takes: the matrix library's part
+MANY = 65  # one more than the kernel takes: the matrix library's part
 OUTS = (20, 33, 7, 64)
 AFTER = ("", "relu2", "tanh", "")
 
@@ -23,7 +23,7 @@ def wanted(x64: torch.Tensor, one: Product, weight64: torch.Tensor, dtype: torch
 
 @targets
 @pytest.mark.parametrize(("count", "turned"), [(0, True), (1, False), (2, True), (4, False), (4, True)])
-@pytest.mark.parametrize(("batch", "width"), [(1, 80), (3, 600), (MANY, 48)])
+@pytest.mark.parametrize(("batch", "width"), [(1, 80), (3, 600), (9, 300), (17, 64), (40, 272), (MANY, 48)])
 def test_each_product_is_its_own(batch: int, width: int, count: int, turned: bool, target: Target) -> None:
     torch.manual_seed(5)
     x, x64 = given(target, torch.randn(4, batch, width))
@@ -42,17 +42,19 @@ def test_each_product_is_its_own(batch: int, width: int, count: int, turned: boo
 
 
 @pytest.mark.parametrize("target", [pytest.param(t, marks=gpu, id=f"triton-{t.dtype}") for t in TRITON])
-def test_a_sample_has_its_bits_alone_and_in_a_batch(target: Target) -> None:
+@pytest.mark.parametrize(("batch", "fewer"), [(3, 1), (7, 5)])
+def test_the_bits_of_a_sample_do_not_depend_on_the_others(batch: int, fewer: int, target: Target) -> None:
     torch.manual_seed(6)
-    x, _ = given(target, torch.randn(2, 5, 300))
+    x, _ = given(target, torch.randn(2, batch, 300))
     products = (
         Product(0, given(target, torch.randn(40, 300))[0], then="relu2"),
         Product(1, given(target, torch.randn(300, 24))[0], turned=True),
     )
     together = products_step(x, products, backend="triton")
-    for i in range(5):
-        alone = products_step(x[:, i : i + 1], products, backend="triton")
-        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together, strict=True))
+    for i in range(batch):
+        others = [(i + j) % batch for j in range(fewer)]
+        again = products_step(x[:, others], products, backend="triton")
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(again, together, strict=True))
 
 
 @targets
@@ -76,3 +78,15 @@ def test_what_does_not_fit_is_refused() -> None:
         products_step(x, (Product(2, weight),))
     with pytest.raises(ValueError, match="nothing called 'relu' follows; write tanh or relu2"):
         products_step(x, (Product(0, weight, then="relu"),))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch", [1, MANY])
+def test_autocast_changes_no_types(batch: int) -> None:
+    """Of what runs in float32 under autocast, the square for one, nothing may be among what follows."""
+    x = torch.randn(1, batch, 64, device="cuda", dtype=torch.bfloat16)
+    weight = torch.randn(16, 64, device="cuda", dtype=torch.bfloat16)
+    with torch.autocast("cuda", torch.bfloat16):
+        for then in AFTER:
+            (y,) = products_step(x, (Product(0, weight, then=then),))
+            assert y.dtype == torch.bfloat16
