@@ -39,6 +39,8 @@ RESULTS = Path(__file__).parent / "results"
 LAYERS, HEADS, SIZE, RANK = 32, 40, 64, 32
 POSITIONS = {1: (64, 4096, 24576), 8: (64, 4096), 64: (64, 4096)}
 MODELS = {"12 x 768": (12, 768), "24 x 2048": (24, 2048)}
+STEPS = (("rwkv6", 1), ("rwkv6", 8), ("rwkv6", 64), ("rwkv5", 1), ("rwkv4", 1))
+BATCHES = (1, 8, 16, 64)
 VOCABULARY = 65536
 RESIDENT = 200e6  # bytes of states to rotate through: four times the H100's cache
 
@@ -303,21 +305,18 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=RESULTS)
     out: Path = parser.parse_args().out
     torch.manual_seed(0)
-    steps: list[dict[str, Any]] = []
-    models: list[dict[str, Any]] = []
-    where = machine()
-    for early in (False, True):
-        for op, batch in (("rwkv6", 1), ("rwkv6", 8), ("rwkv6", 64), ("rwkv5", 1), ("rwkv4", 1)):
-            attempt(steps, step_rows, op, batch, early)
-    for name in MODELS:
-        for batch in (1, 8):
-            attempt(models, model_row, "rwkv6", name, batch)
-    attempt(models, model_row, "rwkv5", "24 x 2048", 1)
-    attempt(models, model_row, "rwkv4", "24 x 2048", 1)
-    result = {"machine": where, "steps": steps, "models": models}
+    result: dict[str, Any] = {"machine": machine(), "steps": [], "models": []}
+    steps, models = result["steps"], result["models"]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "decode.md").write_text(table(result))
+    jobs = [
+        *((steps, step_rows, op, batch, early) for early in (False, True) for op, batch in STEPS),
+        *((models, model_row, "rwkv6", name, batch) for name in MODELS for batch in BATCHES),
+        *((models, model_row, op, "24 x 2048", 1) for op in ("rwkv5", "rwkv4")),
+    ]
+    for job in jobs:  # a run that is cut off keeps what it has
+        attempt(*job)
+        (out / "decode.json").write_text(json.dumps(result, indent=1) + "\n")
+        (out / "decode.md").write_text(table(result))
     return int(any("error" in row for row in steps + models))
 
 

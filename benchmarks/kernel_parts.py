@@ -213,10 +213,10 @@ def packed_part(bench: Bench, op: str, top: Ceilings) -> None:
 
 def error_part(bench: Bench, op: str) -> None:
     """Every implementation, type and length against fp64, all regimes."""
-    steps = (16, 13) if bench.options.tiny else (512, 509)
-    for dtype_name, dtype in DTYPES.items():
-        for length in steps:
-            x = kernel_errors.error_inputs(op, dtype, length, bench.device, small=bench.options.tiny)
+    tiny = bench.options.tiny
+    for dtype_name in bench.options.dtypes:
+        for length in (16, 13) if tiny else (512, 509):
+            x = kernel_errors.error_inputs(op, DTYPES[dtype_name], length, bench.device, small=tiny)
             exact, p = kernel_errors.truth(op, x)
             for name, run in bench.runs(op).items():
                 if name == "naive loop":
@@ -264,7 +264,8 @@ def warm(bench: Bench, ops: list[str], parts: list[str]) -> None:
     if "packed" in parts:
         jobs += [f"{op}:32:bf16:packed:1" for op in heads]
     if "error" in parts:
-        jobs += [f"{op}:{'384' if op == 'wkv4' else '12'}:{d}:state:1" for op in ops for d in DTYPES]
+        types = bench.options.dtypes
+        jobs += [f"{op}:{'384' if op == 'wkv4' else '12'}:{d}:state:1" for op in ops for d in types]
     command = [sys.executable, "-m", "benchmarks.kernels", "--out", bench.options.out]
     command += ["--backend", bench.backend, "--impls", ",".join(bench.options.impls), "--warm"]
     shares = [jobs[i :: bench.options.workers] for i in range(bench.options.workers)]

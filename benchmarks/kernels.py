@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import kernel_tuning
-from benchmarks.kernel_inputs import SHAPES, Ceilings, card
+from benchmarks.kernel_inputs import DTYPES, SHAPES, Ceilings, card
 from benchmarks.kernel_parts import (
     Bench,
     error_part,
@@ -85,6 +85,7 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kernels")
     parser.add_argument("--ops", default="wkv6,wkv5,wkv4", help="of wkv4, wkv5, wkv6")
     parser.add_argument("--parts", default=",".join(PARTS), help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--dtypes", default=",".join(DTYPES), help=f"of errors: of {', '.join(DTYPES)}")
     parser.add_argument("--impls", default="", help="parts of names, 'ours,fla chunk'; empty: all")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, to test the script")
@@ -97,9 +98,9 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--table", action="store_true", help="only write the page again")
     parser.add_argument("--warm", default="", help=argparse.SUPPRESS)
     found = parser.parse_args(arguments)
-    found.ops, found.parts = found.ops.split(","), found.parts.split(",")
+    found.ops, found.parts, found.dtypes = (x.split(",") for x in (found.ops, found.parts, found.dtypes))
     found.impls = [name for name in found.impls.split(",") if name]
-    for name, known in (("ops", SHAPES), ("parts", PARTS)):
+    for name, known in (("ops", SHAPES), ("parts", PARTS), ("dtypes", DTYPES)):
         wrong = [x for x in getattr(found, name) if x not in known]
         if wrong:
             parser.error(f"--{name} {wrong[0]}: write {', '.join(known)}")
