@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 
@@ -16,17 +17,19 @@ def majority(examples: Iterable[Example]) -> float:
     return max(counts.values()) / counts.total()
 
 
-def blind(train: Iterable[Example], test: Iterable[Example]) -> float:
+def blind(
+    train: Iterable[Example], test: Iterable[Example], *, times: Iterable[int] = itertools.repeat(1)
+) -> float:
     """Score on `test` of the answer most frequent in `train` for the same question text, pictures unseen.
 
-    Questions that `train` does not have get its overall most frequent answer. Ties go to the answer
-    that is first in alphabetical order.
+    times: how often each example of `train` occurs. Questions that `train` does not have get its overall most
+    frequent answer. Ties go to the answer that is first in alphabetical order.
     """
     by_question: defaultdict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
-    for example in train:
-        by_question[example.question][example.gold] += 1
-        overall[example.gold] += 1
+    for example, n in zip(train, times, strict=False):
+        by_question[example.question][example.gold] += n
+        overall[example.gold] += n
     best = {question: _most_frequent(counts) for question, counts in by_question.items()}
     hits = [best.get(e.question, _most_frequent(overall)) == e.gold for e in test]
     if not hits or not best:

@@ -7,7 +7,6 @@ import logging
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -214,10 +213,9 @@ class ShardReader:
             raise ValueError(
                 f"{self._shard(i)}: key {key}: {len(dialogs)} dialogs, the index says {self.dialogs(i)}"
             )
-        examples = (Example(key, d.turns, d.kind, i, self.has_image(i)) for d in dialogs)
-        if "dialogs" in record:
-            return tuple(replace(e, key=f"{key}-{number}") for number, e in enumerate(examples))
-        return tuple(examples)
+        keys = [f"{key}-{n}" for n in range(len(dialogs))] if "dialogs" in record else [key]
+        image = self.has_image(i)
+        return tuple(Example(k, d.turns, d.kind, i, image) for k, d in zip(keys, dialogs, strict=True))
 
     def _shard(self, i: int) -> str:
         return self._names[self._shard_number(i)]

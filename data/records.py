@@ -8,9 +8,9 @@ about the same picture: `{"id", "source", "dialogs": [{"type", "conversations": 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from toolkit.contracts import Turn
 
@@ -55,6 +55,25 @@ class Dialog:
 
     kind: str
     turns: tuple[Turn, ...]
+
+
+class Different(NamedTuple):
+    """The dialogs of a split without repeats: the first example of each, and how often each occurs."""
+
+    examples: list[Example]
+    times: list[int]
+
+    @classmethod
+    def of(cls, examples: Iterable[Example]) -> Different:
+        """Goes through `examples` once; a dialog is told apart by its type and its turns."""
+        found, number = cls([], []), dict[tuple[str, tuple[Turn, ...]], int]()
+        for example in examples:
+            i = number.setdefault((example.kind, example.turns), len(number))
+            if i == len(found.times):
+                found.examples.append(example)
+                found.times.append(0)
+            found.times[i] += 1
+        return found
 
 
 class BadRecord(ValueError):
@@ -182,9 +201,21 @@ def _turn(item: Any, where: str, i: int) -> Turn:
     if not isinstance(item, Mapping):
         raise BadRecord(f"{where}: turn {i} must be an object with 'from' and 'value'")
     role, text = item.get("from"), item.get("value")
-    if role not in _ROLES:
+    if not isinstance(role, str) or role not in _ROLES:
         raise BadRecord(f"{where}: turn {i} is from {role!r}; known speakers: human, gpt")
     if not isinstance(text, str):
         raise BadRecord(f"{where}: the value of turn {i} must be text, it is {type(text).__name__}")
-    _check_characters(text, f"{where}: turn {i}")
-    return Turn(_ROLES[role], text)
+    found = _TURNS.get((role, text))
+    if found is None:
+        _check_characters(text, f"{where}: turn {i}")
+        found = Turn(_ROLES[role], text)
+        if len(text) <= _SHORT:
+            if len(_TURNS) >= _MAX_TURNS:
+                _TURNS.clear()
+            _TURNS[role, text] = found
+    return found
+
+
+_TURNS: dict[tuple[str, str], Turn] = {}
+_SHORT, _MAX_TURNS = 200, 1 << 14
+"""Question sets repeat short turns over many pictures: such a turn is checked and made once."""

@@ -77,6 +77,7 @@ def test_runs_share_what_their_data_and_prompt_give(tmp_path: Path, monkeypatch:
     first = Read(tmp_path)
     kept.once(first.feed.key, lambda: "texts")
     monkeypatch.setattr("toolkit.corpus.CompactTokenizer.collect", None)  # nothing is collected again
+    monkeypatch.setattr("toolkit.corpus.Different.of", None)  # nor read
     same = Read(tmp_path, "seed=1", "scan=uni", "stages.tune.lr=1e-4")
     assert same.corpus.tokenizer is first.corpus.tokenizer and same.feed.key == first.feed.key
     assert same.floors == first.floors and same.floors is not first.floors

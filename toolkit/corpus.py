@@ -16,7 +16,7 @@ import torch
 from data.features import FeatureTable, build_features, estimate_bytes
 from data.policy import readable
 from data.reader import ShardReader
-from data.records import Example
+from data.records import Different
 from data.streamed import Streamed
 from data.tokens import CompactTokenizer, Tokenizer, WorldTokenizer
 from toolkit import kept, register
@@ -29,6 +29,8 @@ from toolkit.schema import RunConf, StageConf
 
 log = logging.getLogger("toolkit.data")
 
+_TURN, _EXAMPLE = 250, 500  # bytes that an object of each kind takes, its text apart
+
 
 def cache_folder(conf: RunConf) -> Path:
     """Where converted data and features are kept."""
@@ -40,6 +42,12 @@ def cache_folder(conf: RunConf) -> Path:
         what = f"paths.cache={folder}: {error.strerror}"
         raise ValueError(f"{what}; name a folder that can be written") from error
     return folder
+
+
+def _bytes(found: Different) -> int:
+    """About what the dialogs take in memory."""
+    turns = [turn for example in found.examples for turn in example.turns]
+    return sum(len(turn.text) for turn in turns) + _TURN * len(turns) + _EXAMPLE * len(found.examples)
 
 
 class Corpus:
@@ -84,7 +92,7 @@ class Corpus:
 
     def _texts(self, used: Iterable[tuple[str, Prompt]]) -> Iterable[str]:
         for split, prompt in used:
-            for example in readable(self.readers[split], policy=self.policy(split)):
+            for example in self._different(split).examples:
                 yield from (s.text for s in prompt(example.turns) if isinstance(s, Text))
 
     def identity(self, split: str) -> tuple[str, str]:
@@ -99,10 +107,15 @@ class Corpus:
             **dict.fromkeys(self.streams),
         }
 
-    def texts(self, split: str) -> Iterable[Example] | None:
-        """Every example of a split that can be read, None for one that is streamed."""
-        reader = self.readers.get(split)
-        return None if reader is None else readable(reader, policy=self.policy(split))
+    def different(self, split: str) -> Different | None:
+        """The dialogs of a split that can be read, without repeats; None for one that is streamed."""
+        return self._different(split) if split in self.readers else None
+
+    def _different(self, split: str) -> Different:
+        def read() -> Different:
+            return Different.of(readable(self.readers[split], policy=self.policy(split)))
+
+        return kept.once(("dialogs", self.identity(split)), read, size=_bytes)
 
     def policy(self, split: str) -> str:
         """`faults` for splits that only train; what is scored must be read whole."""

@@ -14,7 +14,7 @@ import torch
 from data.dataset import Examples
 from data.floors import blind, majority
 from data.loader import eval_loader
-from data.records import Example
+from data.records import Different, Example
 from toolkit import kept, ranks
 from toolkit.corpus import Corpus
 from toolkit.curve import Probe
@@ -138,7 +138,7 @@ def floors_of(conf: RunConf, corpus: Corpus, learned_from: str) -> dict[str, Any
     """The floors of what evaluation asks; learned_from: the split whose answers `blind` knows."""
 
     def measured() -> dict[str, Any]:
-        return floors(corpus.texts(learned_from), scored_examples(conf, corpus))
+        return floors(corpus.different(learned_from), scored_examples(conf, corpus))
 
     if learned_from not in corpus.readers:
         return measured()
@@ -146,23 +146,28 @@ def floors_of(conf: RunConf, corpus: Corpus, learned_from: str) -> dict[str, Any
     return copy.deepcopy(kept.once(("floors", *asked), measured))
 
 
-def floors(train: Iterable[Example] | None, scored: Sequence[Example]) -> dict[str, Any]:
+def floors(train: Different | None, scored: Sequence[Example]) -> dict[str, Any]:
     """`majority` and `blind` of the whole split, and of each question type under `floors`.
 
     train: what was learned from; None if nobody can go through it, and `blind` is None too.
     """
-    learned = None if train is None else list(train)
+    kinds = sorted(_by_kind(scored).items())
     return {
         "majority": majority(scored),
-        "blind": None if learned is None else blind(learned, scored),
+        "blind": _blind(train, scored),
         "floors": {
-            kind: {
-                "majority": majority(asked),
-                "blind": None if learned is None else blind(_of_kind(learned, kind), asked),
-            }
-            for kind, asked in sorted(_by_kind(scored).items())
+            kind: {"majority": majority(asked), "blind": _blind(train, asked, kind)} for kind, asked in kinds
         },
     }
+
+
+def _blind(train: Different | None, asked: Sequence[Example], kind: str = "") -> float | None:
+    """kind: learn from the examples of this type; from all of them if training does not have it."""
+    if train is None:
+        return None
+    of_kind = [i for i, e in enumerate(train.examples) if not kind or (e.kind or "all") == kind]
+    rows = of_kind or range(len(train.examples))
+    return blind([train.examples[i] for i in rows], asked, times=[train.times[i] for i in rows])
 
 
 def _by_kind(examples: Iterable[Example]) -> dict[str, list[Example]]:
@@ -170,8 +175,3 @@ def _by_kind(examples: Iterable[Example]) -> dict[str, list[Example]]:
     for example in examples:
         groups[example.kind or "all"].append(example)
     return groups
-
-
-def _of_kind(examples: list[Example], kind: str) -> list[Example]:
-    """The examples of a type; all of them for a type that training does not have."""
-    return [e for e in examples if (e.kind or "all") == kind] or examples

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from data.floors import blind, chance, majority
-from data.records import Example
+from data.records import Different, Example
 from toolkit.contracts import Turn
 
 
@@ -41,3 +43,20 @@ def test_chance_counts_the_answers_that_training_gives_to_the_same_words():
     assert chance(train, said(("new", "b"))) == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match=r"at least one train and one test example"):
         chance(train, [])
+
+
+def test_dialogs_without_repeats_have_the_floors_of_all_of_them():
+    train = said(*(4 * [("a", "yes")]), *(3 * [("b", "no")]), ("b", "yes"), *(5 * [("c", "no")]), ("a", "no"))
+    test = said(("a", "yes"), ("b", "no"), ("b", "yes"), ("new", "no"), ("new", "yes"))
+    found = Different.of(iter(train))
+    assert [(e.key, n) for e, n in zip(*found, strict=True)] == [
+        ("0", 4), ("4", 3), ("7", 1), ("8", 5), ("13", 1)
+    ]  # fmt: skip
+    assert blind(found.examples, test, times=found.times) == blind(train, test)
+    assert blind(found.examples, test) != blind(train, test)  # how often each occurs does matter
+
+
+def test_dialogs_of_different_types_are_different():
+    first, second = said(("a", "yes"))[0], said(("a", "yes"))[0]
+    assert len(Different.of([first, replace(second, kind="count")]).examples) == 2
+    assert Different.of([first, second]).times == [2]

@@ -191,6 +191,11 @@ def test_a_killed_conversion_leaves_nothing_half_made(tmp_path):
             "turn 0 is from 'bot'; known speakers: human, gpt",
         ),
         (
+            {"conversations": [{"from": [], "value": "x"}]},
+            None,
+            r"turn 0 is from \[\]; known speakers: human, gpt",
+        ),
+        (
             {"conversations": [{"from": "gpt", "value": 3}]},
             None,
             "the value of turn 0 must be text, it is int",
