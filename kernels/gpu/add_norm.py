@@ -18,10 +18,13 @@ from torch import Tensor
 
 from kernels.gpu.ops import Function, Launch, operator
 
+from .launch import cdiv, kernel, power_of_two
+
 PROGRAMS = 528
 """Programs of the backward pass: four for each multiprocessor of an H100."""
 
 
+@kernel
 @triton.jit
 def _add_norm(x, y, index, weight, bias, total, out, D, eps, HAS_Y: tl.constexpr, HAS_INDEX: tl.constexpr,
               DP: tl.constexpr):  # fmt: skip
@@ -44,6 +47,7 @@ def _add_norm(x, y, index, weight, bias, total, out, D, eps, HAS_Y: tl.constexpr
     tl.store(out + row * D + col, (centred * scale * w + b).to(out.dtype.element_ty), mask=real)
 
 
+@kernel
 @triton.jit
 def _add_norm_grad(dtotal, dout, total, index, weight, dx, dy, dweight, dbias, rows, D, eps, turns,
                    HAS_TOTAL: tl.constexpr, HAS_INDEX: tl.constexpr, SPLIT: tl.constexpr,
@@ -83,7 +87,7 @@ def _warps(width: int, per_thread: int) -> int:
 
 
 def _flags(index: Tensor | None, width: int) -> dict[str, Any]:
-    return {"HAS_INDEX": index is not None, "DP": triton.next_power_of_2(width)}
+    return {"HAS_INDEX": index is not None, "DP": power_of_two(width)}
 
 
 def _forward(
@@ -121,8 +125,8 @@ def _backward(
     index = None if index is None else index.contiguous()
     width = total.shape[-1]
     rows = total.numel() // width
-    turns = triton.cdiv(rows, PROGRAMS)
-    programs = triton.cdiv(rows, turns)
+    turns = cdiv(rows, PROGRAMS)
+    programs = cdiv(rows, turns)
     split = x_dtype != y_dtype
     dx = torch.empty_like(total, dtype=x_dtype)
     dy = torch.empty_like(total, dtype=y_dtype) if split else total.new_empty(0)

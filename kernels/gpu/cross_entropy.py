@@ -17,6 +17,8 @@ from torch import Tensor
 
 from kernels.cross_entropy import blocks, product_into
 
+from .launch import cdiv, kernel, power_of_two
+
 _ROW_BLOCK = 8192  # logits a program holds at a time: 16 in each of 512 threads
 _SCALE_BLOCK = 8192
 # Summing into dW reads and writes all of it once per block, 1 GiB for 65,536 x 2,048 in float32: that is as
@@ -25,6 +27,7 @@ _SCALE_BLOCK = 8192
 _LOGITS = 4096 * 65536
 
 
+@kernel
 @triton.jit
 def _rows(
     x_ptr,
@@ -77,6 +80,7 @@ def _rows(
             tl.store(x_ptr + start + columns, g.to(x_ptr.dtype.element_ty), mask=inside)
 
 
+@kernel
 @triton.jit
 def _scale(x_ptr, factor_ptr, n, BLOCK: tl.constexpr):
     """x [n] *= factor in place; nothing is read or written where the factor is 1."""
@@ -141,7 +145,7 @@ def _launch(
 ) -> None:
     if not len(x):
         return
-    block = min(_ROW_BLOCK, triton.next_power_of_2(x.shape[1]))
+    block = min(_ROW_BLOCK, power_of_two(x.shape[1]))
     _rows[(len(x),)](
         x,
         targets,
@@ -198,7 +202,7 @@ def _scaled(x: Tensor, factor: Tensor) -> Tensor:
     if type(x) is not Tensor:  # being traced by torch.compile, which reuses memory on its own
         return x * factor.to(x.dtype)
     if x.numel():
-        grid = (triton.cdiv(x.numel(), _SCALE_BLOCK),)
+        grid = (cdiv(x.numel(), _SCALE_BLOCK),)
         _scale[grid](x, factor, x.numel(), BLOCK=_SCALE_BLOCK, num_warps=8)
     torch.autograd.graph.increment_version(x)
     return x

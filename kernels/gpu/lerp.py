@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kernels.gpu.ops import Function, Launch, operator
 
+from .launch import cdiv, kernel
+
 TILE = {"TB": 16, "DT": 128, "num_warps": 4}
 GRAD_TILE = {"TB": 8, "DT": 128, "num_warps": 4}
 PROGRAMS = 1024
@@ -33,6 +35,7 @@ def previous(x, before, row, step, col, inside, T, D, HAS_BEFORE: tl.constexpr):
     return found
 
 
+@kernel
 @triton.jit
 def _lerp(x, before, shares, o0, o1, o2, o3, rows, T, D, N: tl.constexpr, CURRENT: tl.constexpr,
           HAS_BEFORE: tl.constexpr, TB: tl.constexpr, DT: tl.constexpr):  # fmt: skip
@@ -51,6 +54,7 @@ def _lerp(x, before, shares, o0, o1, o2, o3, rows, T, D, N: tl.constexpr, CURREN
         tl.store(outs[i] + at, out.to(outs[i].dtype.element_ty), mask=inside)
 
 
+@kernel
 @triton.jit
 def _lerp_grad(g0, g1, g2, g3, x, before, shares, dx, dbefore, partial, rows, T, D, turns,
                N: tl.constexpr, CURRENT: tl.constexpr, HAS_BEFORE: tl.constexpr, TB: tl.constexpr,
@@ -96,8 +100,8 @@ def flat(x: Tensor) -> tuple[int, int, int]:
 
 def parts(rows: int, tile: int, others: int) -> tuple[int, int]:
     """(programs over rows, turns of `tile` rows each) where `others` programs share every row."""
-    turns = triton.cdiv(triton.cdiv(rows, tile), max(1, PROGRAMS // others))
-    return triton.cdiv(rows, tile * turns), turns
+    turns = cdiv(cdiv(rows, tile), max(1, PROGRAMS // others))
+    return cdiv(rows, tile * turns), turns
 
 
 def four(tensors: list[Tensor]) -> list[Tensor]:
@@ -112,7 +116,7 @@ def _forward(
     before = None if before is None else before.contiguous()
     rows, time, width = flat(x)
     outs = [torch.empty_like(x, dtype=dtype) for _ in shares]
-    grid = (triton.cdiv(rows, TILE["TB"]), triton.cdiv(width, TILE["DT"]))
+    grid = (cdiv(rows, TILE["TB"]), cdiv(width, TILE["DT"]))
     _lerp[grid](
         x, before, shares, *four(outs), rows, time, width, N=len(outs), CURRENT=current,
         HAS_BEFORE=before is not None, **TILE,
@@ -134,7 +138,7 @@ def _backward(
     before = None if before is None else before.contiguous()
     grads = [g.contiguous() for g in grads]
     rows, time, width = flat(x)
-    tiles = triton.cdiv(width, GRAD_TILE["DT"])
+    tiles = cdiv(width, GRAD_TILE["DT"])
     programs, turns = parts(rows, GRAD_TILE["TB"], tiles)
     dx = torch.empty_like(x)
     dbefore = torch.empty_like(before) if before is not None else x.new_empty(0)

@@ -17,6 +17,8 @@ from torch import Tensor
 from kernels.gpu.lerp import flat, parts, previous
 from kernels.gpu.ops import Function, Launch, operator
 
+from .launch import cdiv, kernel, power_of_two
+
 TILE = {"TB": 64, "DT": 64, "num_warps": 8}
 GRAD_TILE = {"TB": 64, "DT": 64, "num_warps": 8, "num_stages": 1}
 LOW_TILE = {"TB": 64, "DT": 64, "num_warps": 8, "num_stages": 2}
@@ -38,6 +40,7 @@ def _shares(low, w2, maa, row, col, i: tl.constexpr, rows, D, R: tl.constexpr, R
     return tl.dot(left, right, input_precision=EXACT) + mean[None, :]
 
 
+@kernel
 @triton.jit
 def _mix6(x, before, low, w2, maa, o0, o1, o2, o3, o4, rows, T, D, R: tl.constexpr, RP: tl.constexpr,
           HAS_BEFORE: tl.constexpr, EXACT: tl.constexpr, TB: tl.constexpr, DT: tl.constexpr):  # fmt: skip
@@ -53,6 +56,7 @@ def _mix6(x, before, low, w2, maa, o0, o1, o2, o3, o4, rows, T, D, R: tl.constex
         tl.store(outs[i] + at, out.to(outs[i].dtype.element_ty), mask=inside)
 
 
+@kernel
 @triton.jit
 def _mix6_grad(g0, g1, g2, g3, g4, low, w2, maa, dx, dbefore, rows, T, D, R: tl.constexpr,
                RP: tl.constexpr, HAS_BEFORE: tl.constexpr, EXACT: tl.constexpr, TB: tl.constexpr,
@@ -80,6 +84,7 @@ def _mix6_grad(g0, g1, g2, g3, g4, low, w2, maa, dx, dbefore, rows, T, D, R: tl.
         tl.store(dbefore + first, back.to(dbefore.dtype.element_ty), mask=inside & (step == 0)[:, None])
 
 
+@kernel
 @triton.jit
 def _mix6_low_grad(g0, g1, g2, g3, g4, x, before, w2, dlow, rows, T, D, R: tl.constexpr, RP: tl.constexpr,
                    HAS_BEFORE: tl.constexpr, EXACT: tl.constexpr, TB: tl.constexpr,
@@ -110,6 +115,7 @@ def _mix6_low_grad(g0, g1, g2, g3, g4, x, before, w2, dlow, rows, T, D, R: tl.co
         tl.store(dlow + at, sums[i].to(dlow.dtype.element_ty), mask=inside)
 
 
+@kernel
 @triton.jit
 def _mix6_weight_grad(g0, g1, g2, g3, g4, x, before, low, dmaa, dw2, rows, T, D, turns,
                       R: tl.constexpr, RP: tl.constexpr, HAS_BEFORE: tl.constexpr, EXACT: tl.constexpr,
@@ -153,7 +159,7 @@ def _tile(chosen: dict[str, int], low: Tensor) -> dict[str, int]:
 
 def _constants(low: Tensor, before: Tensor | None) -> dict[str, Any]:
     rank = low.shape[-1] // 5
-    padded = max(16, triton.next_power_of_2(rank))
+    padded = max(16, power_of_two(rank))
     return {"R": rank, "RP": padded, "HAS_BEFORE": before is not None, "EXACT": "ieee"}
 
 
@@ -165,7 +171,7 @@ def _forward(
     rows, time, width = flat(x)
     outs = [torch.empty_like(x, dtype=dtype) for _ in range(5)]
     tile = _tile(TILE, low)
-    grid = (triton.cdiv(rows, tile["TB"]), triton.cdiv(width, tile["DT"]))
+    grid = (cdiv(rows, tile["TB"]), cdiv(width, tile["DT"]))
     _mix6[grid](x, before, low, w2, maa, *outs, rows, time, width, **_constants(low, before), **tile)
     return outs
 
@@ -188,10 +194,10 @@ def _backward(
     dx, dlow = torch.empty_like(x), torch.empty_like(low)
     dbefore = torch.empty_like(before) if before is not None else x.new_empty(0)
     tile = _tile(GRAD_TILE, low)
-    grid = (triton.cdiv(rows, tile["TB"]), triton.cdiv(width, tile["DT"]))
+    grid = (cdiv(rows, tile["TB"]), cdiv(width, tile["DT"]))
     _mix6_grad[grid](*grads, low, w2, maa, dx, dbefore, rows, time, width, **constants, **tile)
     tile = _tile(LOW_TILE, low)
-    _mix6_low_grad[(triton.cdiv(rows, tile["TB"]),)](
+    _mix6_low_grad[(cdiv(rows, tile["TB"]),)](
         *grads, x, before, w2, dlow, rows, time, width, **constants, **tile
     )
     dmaa, dw2 = _weights(grads, x, before, low, constants)
@@ -204,7 +210,7 @@ def _weights(
     """Gradients of maa [5, D] and w2 [5, rank, D], float32."""
     rows, time, width = flat(x)
     tile = _tile(WEIGHT_TILE, low)
-    columns = triton.cdiv(width, tile["DT"])
+    columns = cdiv(width, tile["DT"])
     programs, turns = parts(rows, tile["TB"], 5 * columns)
     dmaa = torch.empty(programs, 5, width, dtype=torch.float32, device=x.device)
     dw2 = torch.empty(programs, 5, constants["R"], width, dtype=torch.float32, device=x.device)

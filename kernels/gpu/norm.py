@@ -18,6 +18,8 @@ from torch import Tensor
 from kernels.gpu.lerp import parts
 from kernels.gpu.ops import Function, Launch, operator
 
+from .launch import cdiv, kernel, power_of_two
+
 TOKENS = 8
 CHANNELS = 256
 """A tile: so many tokens of so many channels (whole heads)."""
@@ -32,6 +34,7 @@ def _normed(y, N, NP: tl.constexpr, eps):
     return centred * scale[:, :, None], scale
 
 
+@kernel
 @triton.jit
 def _head_norm(y, gate, weight, bias, out, rows, H, N, eps, TB: tl.constexpr, HB: tl.constexpr,
                NP: tl.constexpr):  # fmt: skip
@@ -48,6 +51,7 @@ def _head_norm(y, gate, weight, bias, out, rows, H, N, eps, TB: tl.constexpr, HB
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
 
 
+@kernel
 @triton.jit
 def _head_norm_grad(dout, y, gate, weight, bias, dy, dgate, dweight, dbias, rows, H, N, eps, turns,
                     TB: tl.constexpr, HB: tl.constexpr, NP: tl.constexpr):  # fmt: skip
@@ -83,17 +87,17 @@ def _head_norm_grad(dout, y, gate, weight, bias, dy, dgate, dweight, dbias, rows
 def _launch(y: Tensor, tokens: int) -> tuple[int, int, dict[str, Any]]:
     """(rows, tiles across the heads, tile) of y [B, T, H, N]."""
     batch, time, heads, size = y.shape
-    padded = triton.next_power_of_2(size)
-    group = max(1, min(CHANNELS // padded, triton.next_power_of_2(heads)))
+    padded = power_of_two(size)
+    group = max(1, min(CHANNELS // padded, power_of_two(heads)))
     tile = {"N": size, "TB": tokens, "HB": group, "NP": padded, "num_warps": 4}
-    return batch * time, triton.cdiv(heads, group), tile
+    return batch * time, cdiv(heads, group), tile
 
 
 def _forward(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     y, gate, weight, bias = (t.contiguous() for t in (y, gate, weight, bias))
     rows, tiles, tile = _launch(y, TOKENS)
     out = torch.empty_like(gate, dtype=dtype)
-    grid = (triton.cdiv(rows, TOKENS), tiles)
+    grid = (cdiv(rows, TOKENS), tiles)
     _head_norm[grid](y, gate, weight, bias, out, rows, y.shape[2], eps=eps, **tile)
     return out
 

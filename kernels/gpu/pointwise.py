@@ -15,10 +15,13 @@ from torch import Tensor
 from kernels.gpu.lerp import parts
 from kernels.gpu.ops import Function, Launch, operator
 
+from .launch import cdiv, kernel
+
 BLOCK = {"BLOCK": 2048, "num_warps": 4}
 TILE = {"TB": 16, "DT": 128, "num_warps": 4}
 
 
+@kernel
 @triton.jit
 def _relu_squared(x, out, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -26,6 +29,7 @@ def _relu_squared(x, out, n, BLOCK: tl.constexpr):
     tl.store(out + at, (value * value).to(out.dtype.element_ty), mask=at < n)
 
 
+@kernel
 @triton.jit
 def _relu_squared_grad(dout, x, dx, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -34,6 +38,7 @@ def _relu_squared_grad(dout, x, dx, n, BLOCK: tl.constexpr):
     tl.store(dx + at, (2.0 * value * d).to(dx.dtype.element_ty), mask=at < n)
 
 
+@kernel
 @triton.jit
 def _sigmoid_gate(gate, x, out, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -42,6 +47,7 @@ def _sigmoid_gate(gate, x, out, n, BLOCK: tl.constexpr):
     tl.store(out + at, (value / (1.0 + tl.exp(-g))).to(out.dtype.element_ty), mask=at < n)
 
 
+@kernel
 @triton.jit
 def _sigmoid_gate_grad(dout, gate, x, dgate, dx, n, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -53,6 +59,7 @@ def _sigmoid_gate_grad(dout, gate, x, dgate, dx, n, BLOCK: tl.constexpr):
     tl.store(dgate + at, (d * value * s * (1.0 - s)).to(dgate.dtype.element_ty), mask=at < n)
 
 
+@kernel
 @triton.jit
 def _log_decay(base, shift, out, rows, D, TB: tl.constexpr, DT: tl.constexpr):
     row = tl.program_id(0) * TB + tl.arange(0, TB)
@@ -64,6 +71,7 @@ def _log_decay(base, shift, out, rows, D, TB: tl.constexpr, DT: tl.constexpr):
     tl.store(out + at, -tl.exp(value), mask=inside)
 
 
+@kernel
 @triton.jit
 def _log_decay_grad(dout, out, dshift, partial, rows, D, turns, TB: tl.constexpr, DT: tl.constexpr):
     col = tl.program_id(1) * DT + tl.arange(0, DT)
@@ -80,7 +88,7 @@ def _log_decay_grad(dout, out, dshift, partial, rows, D, turns, TB: tl.constexpr
 
 
 def _blocks(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), BLOCK["BLOCK"]),)
+    return (cdiv(x.numel(), BLOCK["BLOCK"]),)
 
 
 def _relu_forward(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -165,14 +173,14 @@ _gate_call = operator(
 def _grid(shift: Tensor) -> tuple[int, int, int]:
     """(rows, D, tiles across D) of shift [..., D]."""
     width = shift.shape[-1]
-    return shift.numel() // width, width, triton.cdiv(width, TILE["DT"])
+    return shift.numel() // width, width, cdiv(width, TILE["DT"])
 
 
 def _decay_forward(base: Tensor, shift: Tensor) -> Tensor:
     base, shift = base.contiguous(), shift.contiguous()
     rows, width, tiles = _grid(shift)
     out = torch.empty_like(shift, dtype=torch.float32)
-    _log_decay[(triton.cdiv(rows, TILE["TB"]), tiles)](base, shift, out, rows, width, **TILE)
+    _log_decay[(cdiv(rows, TILE["TB"]), tiles)](base, shift, out, rows, width, **TILE)
     return out
 
 

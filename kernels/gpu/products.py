@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kernels.products import AFTER, plain
 
+from .launch import cdiv, kernel, power_of_two
 from .one_token import await_results, options, tanh
 
 if TYPE_CHECKING:
@@ -97,6 +98,7 @@ def _chosen(
     return w, y, out, row, after, (program - begin) * ROWS + tl.arange(0, ROWS)
 
 
+@kernel
 @triton.jit(do_not_specialize=_NUMBERS)
 def _products(
     x, w0, w1, w2, w3, turned, y0, y1, y2, y3, y_turned, width, batch,
@@ -157,6 +159,7 @@ def _tile(
     tl.store(y + s.to(tl.int64) * out + j[None, :], value, mask=(s < batch) & (j < out)[None, :])
 
 
+@kernel
 @triton.jit(do_not_specialize=_NUMBERS)
 def _products_of_many(
     x, w0, w1, w2, w3, turned, y0, y1, y2, y3, y_turned, width, batch,
@@ -201,8 +204,8 @@ def products_step(x: Tensor, products: Sequence[Product]) -> tuple[Tensor, ...]:
     made = any(weight is not one.weight for weight, one in zip(weights, given, strict=True))
     turned = len(straight) < len(products)
     lines, columns, sizes, warps = _sizes(batch, width, together)
-    programs = sum(triton.cdiv(products[i].width, lines) for i in straight)
-    programs += triton.cdiv(products[side].width, columns) * (1 if together else batch) if turned else 0
+    programs = sum(cdiv(products[i].width, lines) for i in straight)
+    programs += cdiv(products[side].width, columns) * (1 if together else batch) if turned else 0
     (_products_of_many if together else _products)[(programs,)](
         x, *weights, *(outputs[i] for i in places), width, batch,
         *(one.width for one in given), *(one.row for one in given),
@@ -215,9 +218,9 @@ def products_step(x: Tensor, products: Sequence[Product]) -> tuple[Tensor, ...]:
 def _sizes(batch: int, width: int, together: bool) -> tuple[int, int, dict[str, int], int]:
     """Rows of a matrix a program, columns of the turned one, the sizes the kernel takes, and its warps."""
     if together:
-        samples = max(16, triton.next_power_of_2(batch))
+        samples = max(16, power_of_two(batch))
         rows, step, stages, warps = _TILES[samples]
         return rows, rows, {"BATCH": samples, "ROWS": rows, "STEP": step, "STAGES": stages}, warps
-    padded = triton.next_power_of_2(width)
+    padded = power_of_two(width)
     lines, columns = (max(1, min(16, size // padded)) for size in (_TILE, _TURNED))
     return lines, columns, {"BATCH": batch, "ROWS": lines, "WIDTH": padded, "ACROSS": columns}, 4

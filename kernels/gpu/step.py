@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import cdiv, kernel, power_of_two
 from .one_token import await_results, options, tanh
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ _SINGLE = 8
 _CHANNELS = 256  # channels of an RWKV-4 program
 
 
+@kernel
 @triton.jit
 def _wkv4_kernel(
     k, v, log_w, base, u, state, gate, y, width,
@@ -65,6 +67,7 @@ def _wkv4_kernel(
     tl.store(place + 2 * width, top, mask=inside)
 
 
+@kernel
 @triton.jit
 def _head_kernel(
     r, k, v, log_w, base, u, state, gate, weight, bias, y, low, rank, eps, heads,
@@ -124,6 +127,7 @@ def _shares(mixes, d, inside, OF_PREVIOUS: tl.constexpr):
     return share if OF_PREVIOUS else 1 - share
 
 
+@kernel
 @triton.jit
 def _norm_shift_kernel(
     x, value, gate, weight, bias, previous, m0, m1, m2, m3, out, change_to, eps, width, step,
@@ -181,6 +185,7 @@ def _one_of(mix, m0, m1, m2, m3, m4, d, inside):
     return fixed + tl.load(m4 + d, mask=inside & (mix == 4), other=0).to(tl.float32)
 
 
+@kernel
 @triton.jit
 def _ddlerp_kernel(
     x, delta, low, weight, m0, m1, m2, m3, m4, out, batch, width, rank,
@@ -233,7 +238,7 @@ def wkv4_step(
     k, v, u = k.contiguous(), v.contiguous(), u.contiguous()
     y = torch.empty_like(k)
     batch, width = k.shape
-    _wkv4_kernel[(triton.cdiv(width, _CHANNELS), batch)](
+    _wkv4_kernel[(cdiv(width, _CHANNELS), batch)](
         k, v, _or(log_w, u), _or(base, u), u, state, _or(gate, k), y, width,
         LOG_W=log_w is not None, BASE=base is not None, GATE=gate is not None, BLOCK=_CHANNELS, **options(2),
     )  # fmt: skip
@@ -254,7 +259,7 @@ def wkv5_step(
     r, k, v, u = r.contiguous(), k.contiguous(), v.contiguous(), u.contiguous()
     y = torch.empty_like(r)
     batch, heads, size = r.shape
-    block = max(16, triton.next_power_of_2(size))
+    block = max(16, power_of_two(size))
     weight, bias, eps, gate = ending or (u, u, 0.0, r)
     low, rank, kind, made = u, 1, 0, False
     if isinstance(log_w, tuple):
@@ -265,7 +270,7 @@ def wkv5_step(
         kind = log_w.dim() - 1
     _head_kernel[(batch * heads,)](
         r, k, v, _or(log_w, u), _or(base, u), u, state, gate.contiguous(), weight, bias, y, low, rank, eps,
-        heads, N=size, BLOCK=block, LOG_W=kind, RANK=max(16, triton.next_power_of_2(rank)),
+        heads, N=size, BLOCK=block, LOG_W=kind, RANK=max(16, power_of_two(rank)),
         BASE=base is not None, END=ending is not None, **options(_HEAD_WARPS[block], ahead=not made),
     )  # fmt: skip
     return y
@@ -294,7 +299,7 @@ def norm_shift_step(
         x, _or(value, x), _or(gate, x), norm.weight, norm.bias, previous, *shares, out,
         _or(change, x), norm.eps, width, batch * width,
         MIXES=len(out), LATE=value is not None, GATE=gate is not None, OF_PREVIOUS=of_previous,
-        KEEP=keep, BLOCK=triton.next_power_of_2(width), **options(8 if width > 1024 else 4),
+        KEEP=keep, BLOCK=power_of_two(width), **options(8 if width > 1024 else 4),
     )  # fmt: skip
     return out, change
 
@@ -309,9 +314,9 @@ def ddlerp_step(
     # The product runs in low's type, as the matrix product before it did.
     matrix = weight.to(low.dtype).contiguous()
     rows, block = (1, 128) if batch <= _SINGLE else (16, 64)
-    _ddlerp_kernel[(triton.cdiv(width, block), 5, triton.cdiv(batch, rows))](
+    _ddlerp_kernel[(cdiv(width, block), 5, cdiv(batch, rows))](
         x, delta, low.contiguous(), matrix, *mixes, out, batch, width, rank,
-        RANK=max(16, triton.next_power_of_2(rank)), ROWS=rows, BLOCK=block,
+        RANK=max(16, power_of_two(rank)), ROWS=rows, BLOCK=block,
         **options(4, ahead=matrix is weight),
     )  # fmt: skip
     return out

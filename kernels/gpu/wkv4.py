@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from . import wkv4_backward, wkv4_forward
+from .launch import cdiv
 from .ops import Launch, operator
 
 _DENSE, _LENGTHS, _PACKED = 0, 1, 2
@@ -39,7 +39,7 @@ def plan(samples: int, time: int, width: int) -> Plan:
     ahead = 2 * group if time >= 64 else group
     streams = samples * width
     segments = 1 if streams >= _ENOUGH else max(1, min(time // 128, -(-_BUSY // streams)))
-    length = triton.cdiv(triton.cdiv(time, segments), ahead) * ahead
+    length = cdiv(cdiv(time, segments), ahead) * ahead
     return Plan(length, group, ahead, 32, 1)
 
 
@@ -59,23 +59,23 @@ class _Call(NamedTuple):
 
     @property
     def blocks(self) -> int:
-        return triton.cdiv(self.width, self.plan.block)
+        return cdiv(self.width, self.plan.block)
 
 
 def _call(k: Tensor, lengths: Tensor | None, cu_seqlens: Tensor | None) -> _Call:
     batch, time, width = k.shape
     if cu_seqlens is None:
         cut = plan(batch, time, width)
-        segments = triton.cdiv(time, cut.length)
+        segments = cdiv(time, cut.length)
         mode = _DENSE if lengths is None else _LENGTHS
-        marks = batch * triton.cdiv(time, cut.group)
+        marks = batch * cdiv(time, cut.group)
         return _Call(
             lengths, mode, batch, time, width, segments, batch * segments, marks, segments > 1, cut
         )  # fmt: skip
     samples = cu_seqlens.numel() - 1
-    cut = plan(samples, triton.cdiv(time, samples), width)
+    cut = plan(samples, cdiv(time, samples), width)
     if samples * width >= _ENOUGH:
-        cut = cut._replace(length=triton.cdiv(time, cut.ahead) * cut.ahead)
+        cut = cut._replace(length=cdiv(time, cut.ahead) * cut.ahead)
     slots, marks = time // cut.length + samples + 1, time // cut.group + samples + 2
     return _Call(cu_seqlens, _PACKED, samples, time, width, 0, slots, marks, cut.length < time, cut)
 
@@ -164,7 +164,7 @@ def _backward(
             *inputs, carry, dk, dv, None if state is None else dstate, parts, *sizes,
             LOCAL=False, CHAINED=call.chained, **shape,
         )  # fmt: skip
-        wkv4_backward.add_parts[(triton.cdiv(call.width, 32),)](
+        wkv4_backward.add_parts[(cdiv(call.width, 32),)](
             parts, dw, du, call.slots, D=call.width, G=8, BC=32, num_warps=1
         )
     return gradients
@@ -236,7 +236,7 @@ def _shape(call: _Call, k: Tensor, v: Tensor, **more: Any) -> dict[str, Any]:
 
 
 def _combine_grid(call: _Call) -> tuple[int]:
-    return (call.samples * triton.cdiv(call.width, _COMBINE["BC"]),)
+    return (call.samples * cdiv(call.width, _COMBINE["BC"]),)
 
 
 def _device(x: Tensor) -> AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ which goes to the step that set it.
 import triton
 import triton.language as tl
 
+from .launch import kernel
 from .wkv4_forward import (
     DENSE,
     LENGTHS,
@@ -81,6 +82,7 @@ def steps_back(
     return g0, g1, dp, keep, dw + part_w, du + part_u
 
 
+@kernel
 @triton.jit
 def backward(
     dy, dlast, k, v, log_w, u, state, sizes, last, marks, carry, dk, dv, dstate, parts,
@@ -176,6 +178,7 @@ def end_gradient(dlast, last, index, D: tl.constexpr, col, okay):
     return g0, g1, dp - g0 * a - g1 * b
 
 
+@kernel
 @triton.jit
 def combine_backward(
     dlast, log_w, sizes, last, carry, time, length, segments, D: tl.constexpr, G: tl.constexpr,
@@ -221,6 +224,7 @@ def count_rows(index, sizes, time, MODE: tl.constexpr):
     return total
 
 
+@kernel
 @triton.jit
 def add_parts(parts, dw, du, slots, D: tl.constexpr, G: tl.constexpr, BC: tl.constexpr):
     """The sums of parts [slots, 2, D] over slots, in a fixed order: dw, du [D]."""

@@ -15,6 +15,8 @@ Marks are the states (a, b, p base 2) every C rows of a sample, which the backwa
 import triton
 import triton.language as tl
 
+from .launch import kernel
+
 DENSE: tl.constexpr = tl.constexpr(0)
 LENGTHS: tl.constexpr = tl.constexpr(1)
 PACKED: tl.constexpr = tl.constexpr(2)
@@ -179,6 +181,7 @@ def steps(
     return a, b, p, ref
 
 
+@kernel
 @triton.jit
 def forward(
     k, v, log_w, u, state, sizes, carry, y, last, marks, batch, time, length, segments, k_batch, v_batch,
@@ -244,6 +247,7 @@ def forward(
             store3(last + index * 3 * D + col, D, okay, a, b, p)
 
 
+@kernel
 @triton.jit
 def combine_forward(
     log_w, state, sizes, carry, batch, time, length, segments, D: tl.constexpr, G: tl.constexpr,

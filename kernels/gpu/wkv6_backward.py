@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
 from .tiles import (
     LOG2E,
     diagonal_of,
@@ -51,6 +52,7 @@ def store_decay(dw, at, part, dwt, row, n, y_t, BK: tl.constexpr, L: tl.constexp
         store_tile(dw + at, row, n, y_t, dwt, BK, L)
 
 
+@kernel
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def backward(
     r, k, v, w, u, dy, dr, dk, dw, du, chunks, dchunks, cu, lengths, table,
@@ -115,6 +117,7 @@ def backward(
         store_tile(dw + at, row, n, y_t, dwt, BK, L)
 
 
+@kernel
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def backward_strong(
     r, k, v, w, u, dy, dr, dk, dw, du, chunks, dchunks, flags, cu, lengths, table,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .launch import kernel
 from .tiles import (
     LOG2E,
     level_pairs,
@@ -67,6 +68,7 @@ def place(slot, cu, lengths, table, T, slots, PACKED: tl.constexpr, HAS_LEN: tl.
     return b.to(tl.int64), first, n, c
 
 
+@kernel
 @triton.jit(do_not_specialize=["T", "H", "slots"])
 def strong_scores(
     r, k, w, scores, flags, cu, lengths, table, T, H, slots,
@@ -129,6 +131,7 @@ def bounded(x):
     return tl.minimum(tl.maximum(x, -3.0e38), 3.0e38)
 
 
+@kernel
 @triton.jit(do_not_specialize=["T", "H", "per_segment", "slots", "segments"])
 def walk(
     r, k, x, w, u, y, state, final, chunks, scores, flags, carry, cu, lengths, table,
@@ -226,6 +229,7 @@ def walk(
         tl.store(final + own, s)
 
 
+@kernel
 @triton.jit(do_not_specialize=["T", "H", "per_segment", "segments"])
 def local(
     a, x, w, carry, fades, cu, lengths, table,
@@ -280,6 +284,7 @@ def local(
     tl.store(fades + where * N + tl.arange(0, N), all_of_it)
 
 
+@kernel
 @triton.jit(do_not_specialize=["T", "H", "per_segment", "segments"])
 def combine(
     carry, fades, start, cu, lengths, firsts, T, H, per_segment, segments,

@@ -1,0 +1,175 @@
+"""Launches that remember what was compiled: nothing that Triton tells apart may be taken for the same."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton exists on Linux only")
+
+from kernels.gpu import launch
+from kernels.gpu.launch import Kernel, cdiv, described, power_of_two
+
+INTS = (
+    0,
+    1,
+    2,
+    8,
+    15,
+    16,
+    17,
+    32,
+    -1,
+    -16,
+    2**31 - 1,
+    2**31,
+    2**40,
+    2**40 + 1,
+    -(2**31),
+    -(2**31) - 16,
+    2**63,
+)
+
+
+def arguments() -> list[Any]:
+    floats = [torch.zeros(64, dtype=kind) for kind in (torch.float32, torch.bfloat16, torch.float16)]
+    whole = [torch.zeros(64, dtype=kind) for kind in (torch.int32, torch.int64, torch.bool, torch.uint8)]
+    apart = [x[1:] for x in (*floats, *whole)]
+    return [*INTS, None, True, False, 0.0, 1.0, 0.5, *floats, *whole, *apart]
+
+
+@pytest.mark.parametrize("special", [True, False])
+def test_what_triton_tells_apart_is_told_apart(special: bool) -> None:
+    jit = pytest.importorskip("triton.runtime.jit")
+    if not hasattr(jit, "native_specialize_impl"):
+        pytest.skip("this Triton looks at its arguments elsewhere")
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import make_backend
+
+    backend = make_backend(GPUTarget("cuda", 90, 32))
+
+    def compiled_for(value: Any) -> Any:
+        return jit.native_specialize_impl(backend, value, False, special, True)
+
+    found = [
+        (described(value, "special" if special else ""), compiled_for(value), value) for value in arguments()
+    ]
+    for (mine, theirs, one), (mine_too, theirs_too, other) in itertools.combinations(found, 2):
+        if theirs != theirs_too:
+            assert mine != mine_too, f"{one!r} and {other!r} compile apart"
+    # And the description is of use: values that compile alike are mostly taken for the same.
+    assert described(3, "special") == described(77, "special")
+    assert described(1, "") == described(16, "") != described(2**40, "")
+
+
+class Compiled:
+    """What Triton returns; keeps how it was launched."""
+
+    def __init__(self, log: list[Any]) -> None:
+        self.log = log
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def run(*values: Any, stream: int) -> None:
+            self.log.append((grid[:3], values, stream))
+
+        return run
+
+
+class Jit:
+    """A kernel of x, n (not specialised), m and the constants A, B = 5."""
+
+    def __init__(self) -> None:
+        def parameter(name: str, **more: Any) -> SimpleNamespace:
+            known = {"name": name, "default": None, "is_constexpr": False, "do_not_specialize": False}
+            return SimpleNamespace(**{**known, **more})
+
+        self.params = [
+            parameter("x"),
+            parameter("n", do_not_specialize=True),
+            parameter("m"),
+            parameter("A", is_constexpr=True),
+            parameter("B", is_constexpr=True, default=5),
+        ]
+        self.compiled: list[Any] = []
+        self.log: list[Any] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def first(*values: Any, **named: Any) -> Compiled:
+            self.compiled.append((grid, values, named))
+            return Compiled(self.log)
+
+        return first
+
+
+@pytest.fixture
+def jit(monkeypatch: pytest.MonkeyPatch) -> Jit:
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 70 + device)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    return Jit()
+
+
+def test_the_second_launch_takes_what_the_first_compiled(jit: Jit) -> None:
+    kernel, x, y = Kernel(jit), torch.zeros(8), torch.zeros(8)
+    kernel[(3,)](x, 100, 5, A=2, num_warps=4)
+    assert jit.compiled == [((3,), (x, 100, 5), {"A": 2, "num_warps": 4})] and not jit.log
+    kernel[(4, 2)](y, 101, 7, A=2, num_warps=4)
+    kernel[(4, 2)](y, 101, 7, A=2, num_warps=4)
+    assert len(jit.compiled) == 1
+    assert jit.log == 2 * [((4, 2, 1), (y.data_ptr(), 101, 7, 2, 5), 70)]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"x": torch.zeros(8, dtype=torch.bfloat16)},
+        {"x": torch.zeros(9)[1:]},
+        {"x": None},
+        {"n": 2**31},
+        {"n": 7.0},
+        {"m": 1},
+        {"m": 16},
+        {"m": 2**31},
+        {"m": None},
+        {"m": True},
+        {"A": 3},
+        {"B": 6},
+        {"num_warps": 8},
+    ],
+    ids=lambda other: "-".join(f"{k}{'' if torch.is_tensor(v) else v}" for k, v in other.items()),
+)
+def test_what_differs_is_compiled_again(jit: Jit, other: dict[str, Any]) -> None:
+    kernel = Kernel(jit)
+    usual = {"x": torch.zeros(8), "n": 7, "m": 5, "A": 2, "num_warps": 4}
+    for given in (usual, {**usual, **other}, usual, {**usual, **other}):
+        named = dict(given)
+        kernel[(1,)](named.pop("x"), named.pop("n"), named.pop("m"), **named)
+    assert len(jit.compiled) == len(jit.log) == 2
+
+
+def test_another_device_compiles_its_own(jit: Jit) -> None:
+    kernel, x = Kernel(jit), torch.zeros(8)
+    kernel[(1,)](x, 7, 5, A=2)
+    launch.driver.active.get_current_device = lambda: 1
+    kernel[(1,)](x, 7, 5, A=2)
+    kernel[(1,)](x, 7, 5, A=2)
+    assert len(jit.compiled) == 2 and jit.log[-1][2] == 71
+
+
+def test_many_lists_of_arguments_are_forgotten_and_nothing_is_compiled_again(
+    jit: Jit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "_MOST", 3)
+    kernel, x = Kernel(jit), torch.zeros(8)
+    for n in range(20):
+        kernel[(1,)](x, n, 5, A=2)
+    assert len(jit.compiled) == 1 and len(jit.log) == 19 and len(kernel._seen) <= 3
+
+
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 63, 64, 65, 1000])
+def test_sizes(n: int) -> None:
+    assert cdiv(n, 8) == -(-n // 8)
+    assert power_of_two(n) == next(2**i for i in range(12) if 2**i >= n)
