@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -167,6 +173,33 @@ def test_many_lists_of_arguments_are_forgotten_and_nothing_is_compiled_again(
     for n in range(20):
         kernel[(1,)](x, n, 5, A=2)
     assert len(jit.compiled) == 1 and len(jit.log) == 19 and len(kernel._seen) <= 3
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler here, which Triton needs too")
+def test_a_remembered_launch_is_triton_s_to_the_byte(tmp_path: Path) -> None:
+    """On a driver that only keeps what it is given, in a process of its own."""
+    import triton.backends.nvidia
+
+    (headers,) = (Path(place) / "include" for place in triton.backends.nvidia.__path__)
+    source, library = Path(__file__).with_name("driver.c"), tmp_path / "libcuda.so.1"
+    build = ["cc", "-shared", "-fPIC", f"-I{headers}", "-o", str(library), str(source)]
+    subprocess.run([*build, f"-Wl,-soname,{library.name}"], check=True)
+    environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
+    found = os.pathsep.join((str(tmp_path), environment.get("LD_LIBRARY_PATH", "")))
+    environment |= {"LD_LIBRARY_PATH": found, "TRITON_CACHE_DIR": str(tmp_path / "compiled")}
+    environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.kernels.launched"]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    seen = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert {n: seen[n] for n in ("walk", "backward", "local", "combine")} == {
+        "walk": 10,
+        "backward": 5,
+        "local": 2,
+        "combine": 2,
+    }
+    assert {"_products", "_products_of_many"} <= set(seen)
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 4, 5, 63, 64, 65, 1000])
