@@ -104,6 +104,8 @@ def options(arguments: list[str] | None) -> argparse.Namespace:
         wrong = [x for x in getattr(found, name) if x not in known]
         if wrong:
             parser.error(f"--{name} {wrong[0]}: write {', '.join(known)}")
+    if len(found.dtypes) < len(DTYPES) and "error" not in found.parts:
+        parser.error("--dtypes chooses among errors; add error to --parts, times are of bf16")
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from data.records import Example
 
@@ -17,17 +17,16 @@ def majority(examples: Iterable[Example]) -> float:
     return max(counts.values()) / counts.total()
 
 
-def blind(
-    train: Iterable[Example], test: Iterable[Example], *, times: Iterable[int] = itertools.repeat(1)
-) -> float:
+def blind(train: Iterable[Example], test: Iterable[Example], *, times: Sequence[int] | None = None) -> float:
     """Score on `test` of the answer most frequent in `train` for the same question text, pictures unseen.
 
-    times: how often each example of `train` occurs. Questions that `train` does not have get its overall most
-    frequent answer. Ties go to the answer that is first in alphabetical order.
+    times: how often each example of `train` occurs, None for once. Questions that `train` does not have get
+    its overall most frequent answer. Ties go to the answer that is first in alphabetical order.
     """
     by_question: defaultdict[str, Counter[str]] = defaultdict(Counter)
     overall: Counter[str] = Counter()
-    for example, n in zip(train, times, strict=False):
+    counted = zip(train, itertools.repeat(1)) if times is None else zip(train, times, strict=True)
+    for example, n in counted:
         by_question[example.question][example.gold] += n
         overall[example.gold] += n
     best = {question: _most_frequent(counts) for question, counts in by_question.items()}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
 from toolkit.contracts import Turn
@@ -150,9 +151,11 @@ def _check_characters(text: str, what: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise BadRecord(
-            f"{what} holds half a surrogate pair at position {error.start}, which is no character"
-        ) from error
+        raise _half_a_pair(what, error) from error
+
+
+def _half_a_pair(what: str, error: UnicodeEncodeError) -> BadRecord:
+    return BadRecord(f"{what} holds half a surrogate pair at position {error.start}, which is no character")
 
 
 def _refuse_constant(name: str) -> Any:
@@ -205,17 +208,17 @@ def _turn(item: Any, where: str, i: int) -> Turn:
         raise BadRecord(f"{where}: turn {i} is from {role!r}; known speakers: human, gpt")
     if not isinstance(text, str):
         raise BadRecord(f"{where}: the value of turn {i} must be text, it is {type(text).__name__}")
-    found = _TURNS.get((role, text))
-    if found is None:
-        _check_characters(text, f"{where}: turn {i}")
-        found = Turn(_ROLES[role], text)
-        if len(text) <= _SHORT:
-            if len(_TURNS) >= _MAX_TURNS:
-                _TURNS.clear()
-            _TURNS[role, text] = found
-    return found
+    try:
+        return (_said if len(text) <= _SHORT else _said.__wrapped__)(role, text)
+    except UnicodeEncodeError as error:
+        raise _half_a_pair(f"{where}: turn {i}", error) from error
 
 
-_TURNS: dict[tuple[str, str], Turn] = {}
-_SHORT, _MAX_TURNS = 200, 1 << 14
-"""Question sets repeat short turns over many pictures: such a turn is checked and made once."""
+_SHORT = 200  # characters of a turn that is kept
+
+
+@lru_cache(maxsize=1 << 14)
+def _said(role: str, text: str) -> Turn:
+    """Question sets repeat short turns over many pictures: such a turn is checked and made once."""
+    text.encode()
+    return Turn(_ROLES[role], text)

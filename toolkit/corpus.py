@@ -92,7 +92,7 @@ class Corpus:
 
     def _texts(self, used: Iterable[tuple[str, Prompt]]) -> Iterable[str]:
         for split, prompt in used:
-            for example in self._different(split).examples:
+            for example in self.different(split).examples:
                 yield from (s.text for s in prompt(example.turns) if isinstance(s, Text))
 
     def identity(self, split: str) -> tuple[str, str]:
@@ -107,11 +107,9 @@ class Corpus:
             **dict.fromkeys(self.streams),
         }
 
-    def different(self, split: str) -> Different | None:
-        """The dialogs of a split that can be read, without repeats; None for one that is streamed."""
-        return self._different(split) if split in self.readers else None
+    def different(self, split: str) -> Different:
+        """The dialogs that can be read of a split that is read by an index, without repeats."""
 
-    def _different(self, split: str) -> Different:
         def read() -> Different:
             return Different.of(readable(self.readers[split], policy=self.policy(split)))
 

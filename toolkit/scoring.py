@@ -141,7 +141,7 @@ def floors_of(conf: RunConf, corpus: Corpus, learned_from: str) -> dict[str, Any
         return floors(corpus.different(learned_from), scored_examples(conf, corpus))
 
     if learned_from not in corpus.readers:
-        return measured()
+        return floors(None, scored_examples(conf, corpus))
     asked = corpus.identity(learned_from), corpus.identity(conf.eval.split), conf.eval.limit
     return copy.deepcopy(kept.once(("floors", *asked), measured))
 

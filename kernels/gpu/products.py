@@ -31,8 +31,8 @@ MANY = 64
 """The same for 16-bit numbers."""
 
 _WIDEST = 16384  # the longest row of a matrix that a program holds
-_TILE = 8192  # numbers of a matrix that a program of 128 threads holds
-_TURNED = 16384  # and of a turned one, of which there are few
+_HELD = 8192  # numbers of a matrix that a program of 128 threads holds
+_HELD_TURNED = 16384  # and of a turned one, of which there are few
 # Samples that are faster one after another than as a tile of 16. 24 layers of 2,048 and the head, bf16, on an
 # H100: a token of 1, 2, 3, 4 and 8 samples takes 1.39, 1.58, 1.83, 2.04 and 3.10 ms one after another, as a
 # tile 1.71, 1.85, 1.85, 1.87 and 1.97; of 16, 32 and 64 samples 1.91, 2.42 and 2.89. The matrix library takes
@@ -168,6 +168,7 @@ def _products_of_many(
     THEN: tl.constexpr, COUNT: tl.constexpr, TURNED: tl.constexpr, EARLY: tl.constexpr,
     BATCH: tl.constexpr, ROWS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """The same, each program for all samples at once."""
     program = tl.program_id(0)
     if TURNED:
         blocks = (across + ROWS - 1) // ROWS
@@ -222,5 +223,5 @@ def _sizes(batch: int, width: int, together: bool) -> tuple[int, int, dict[str, 
         rows, step, stages, warps = _TILES[samples]
         return rows, rows, {"BATCH": samples, "ROWS": rows, "STEP": step, "STAGES": stages}, warps
     padded = power_of_two(width)
-    lines, columns = (max(1, min(16, size // padded)) for size in (_TILE, _TURNED))
+    lines, columns = (max(1, min(16, size // padded)) for size in (_HELD, _HELD_TURNED))
     return lines, columns, {"BATCH": batch, "ROWS": lines, "WIDTH": padded, "ACROSS": columns}, 4

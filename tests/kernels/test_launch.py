@@ -128,9 +128,17 @@ def test_the_second_launch_takes_what_the_first_compiled(jit: Jit) -> None:
     assert jit.log == 2 * [((4, 2, 1), (y.data_ptr(), 101, 7, 2, 5), 70)]
 
 
+class Elsewhere(torch.Tensor):
+    """On another device than its memory is."""
+
+    def get_device(self) -> int:
+        return 3
+
+
 @pytest.mark.parametrize(
     "other",
     [
+        {"x": torch.zeros(8).as_subclass(Elsewhere)},
         {"x": torch.zeros(8, dtype=torch.bfloat16)},
         {"x": torch.zeros(9)[1:]},
         {"x": None},
@@ -145,7 +153,7 @@ def test_the_second_launch_takes_what_the_first_compiled(jit: Jit) -> None:
         {"B": 6},
         {"num_warps": 8},
     ],
-    ids=lambda other: "-".join(f"{k}{'' if torch.is_tensor(v) else v}" for k, v in other.items()),
+    ids=lambda other: " ".join(f"{k}={'tensor' if torch.is_tensor(v) else v}" for k, v in other.items()),
 )
 def test_what_differs_is_compiled_again(jit: Jit, other: dict[str, Any]) -> None:
     kernel = Kernel(jit)
@@ -185,8 +193,8 @@ def test_a_remembered_launch_is_triton_s_to_the_byte(tmp_path: Path) -> None:
     build = ["cc", "-shared", "-fPIC", f"-I{headers}", "-o", str(library), str(source)]
     subprocess.run([*build, f"-Wl,-soname,{library.name}"], check=True)
     environment = {n: x for n, x in os.environ.items() if n != "TRITON_INTERPRET"}
-    found = os.pathsep.join((str(tmp_path), environment.get("LD_LIBRARY_PATH", "")))
-    environment |= {"LD_LIBRARY_PATH": found, "TRITON_CACHE_DIR": str(tmp_path / "compiled")}
+    found = filter(None, (str(tmp_path), environment.get("LD_LIBRARY_PATH")))
+    environment |= {"LD_LIBRARY_PATH": os.pathsep.join(found), "TRITON_CACHE_DIR": str(tmp_path / "compiled")}
     environment |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.kernels.launched"]
     root = Path(__file__).parents[2]
