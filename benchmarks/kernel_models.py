@@ -128,6 +128,40 @@ class Trainer:
         return loss.detach()
 
 
+class Captured:
+    """A trainer whose forward and backward pass is one CUDA graph; the optimizer's kernels come after it.
+
+    pool: memory shared with graphs that never run at once.
+    """
+
+    def __init__(self, trainer: Trainer, ids: Tensor, pool: Any) -> None:
+        self.trainer, self.model, self.static = trainer, trainer.model, trainer.static
+        self.optimizer = trainer.optimizer
+        self.ids, self.labels = ids.clone(), ids.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                self._both()
+                self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph, pool=pool):
+            self.loss = self._both()
+
+    def _both(self) -> Tensor:
+        loss = self.model(self.ids, self.labels)
+        loss.backward()
+        return loss.detach()
+
+    def step(self, ids: Tensor, labels: Tensor) -> Tensor:
+        self.ids.copy_(ids)
+        self.labels.copy_(labels)
+        self.graph.replay()  # writes the gradients in their places
+        self.optimizer.step()
+        return self.loss.clone()
+
+
 class Scanned:
     """A trainer of our model under one scan; all share the model."""
 

@@ -1,9 +1,10 @@
 """How long a training step waits for its batch: the real loader beside batches that lie on the device.
 
-    python -m benchmarks.loader_wait [--only small|paper] [--rounds 5] [--workers 0,2,4,8] [--out FOLDER]
+    python -m benchmarks.loader_wait [--only small|paper] [--rounds 5] [--steps 40] [--workers 0,2,4,8]
     python -m benchmarks.loader_wait --tiny --device cpu      # tries the script without a GPU
 
-small: scale=small (scenes, batch 64), with kept features and with pictures decoded in each step.
+small: scale=small (scenes, batch 64), with kept features and with pictures decoded in each step; on a GPU
+also the step of an ordinary run of it, captured with its data on the device ("as run": without a loader).
 paper: scale=paper_1b6 with random weights (RWKV-6 of 24 layers of 2,048, CLIP ViT-L/14 at 336 px, about 800
 positions), 16 samples a step as one of eight GPUs has them, JPEG pictures of 336 x 336 decoded in each step.
 
@@ -138,7 +139,31 @@ def told(mode: str, found: list[tuple[float, list[float]]], base: list[float]) -
     }
 
 
-def task_of(words: list[str], folder: Path, device: str) -> tuple[Any, Any]:
+def as_run(task: Any, stage: Any, resident_ms: float, *, rounds: int, steps: int) -> list[Row]:
+    """The step of an ordinary run of the stage, captured with its data on the device. CPU: no row."""
+    from benchmarks.kernel_models import sync
+    from toolkit.build import select_trainable
+    from toolkit.stages import captured
+
+    if task.device.type != "cuda":
+        return []
+    select_trainable(task.model, stage.conf.train, stage.conf.freeze, stage=stage.name)
+    task.model.train()
+    made, _, mode = captured(task, stage)
+    if made is None:
+        raise ValueError(f"an ordinary run of this stage is not captured: {mode}")
+    found: list[tuple[float, list[float]]] = []
+    for _ in range(rounds):
+        sync(task.device)
+        began = time.perf_counter()
+        for _ in range(steps):
+            made.step()
+        sync(task.device)
+        found.append((1e3 * (time.perf_counter() - began) / steps, [0.0] * steps))
+    return [told("as run", found, [resident_ms] * rounds)]
+
+
+def task_of(words: list[str], folder: Path, device: str, *, steps: int = ENDLESS) -> tuple[Any, Any]:
     """(task, its last stage) of a command line, the model built on the device."""
     import torch
 
@@ -151,7 +176,7 @@ def task_of(words: list[str], folder: Path, device: str) -> tuple[Any, Any]:
     from toolkit.train import choose_kernels, device_of, prepare
 
     places = [f"paths.cache={folder / 'cache'}", f"paths.runs={folder / 'runs'}", f"hardware.device={device}"]
-    endless = [f"stages.tune.steps={ENDLESS}", "stages.tune.epochs=0"]
+    endless = [f"stages.tune.steps={steps}", "stages.tune.epochs=0"]
     cfg = compose.compose(compose.understand([*words, *places, *endless]).jobs[0])
     conf = from_dict(cfg)
     there = device_of(conf.hardware)
@@ -173,8 +198,12 @@ def small(folder: Path, options: argparse.Namespace, *, features: str) -> list[R
     words += ["stages.tune.global_batch=8", "model.d_model=64", "model.n_layer=1"] if options.tiny else []
     task, stage = task_of(words, folder, options.device)
     timer = Timer(task, stage, stage.conf.global_batch)
-    steps = 2 if options.tiny else 40
+    steps = 2 if options.tiny else options.steps
     rows = timer.measure(options.workers, rounds=options.rounds, steps=steps)
+    if features == "memory":
+        enough = max(200, options.rounds * steps)  # and no fewer than the warm-up of the learning rate
+        task, stage = task_of(words, folder, options.device, steps=enough)
+        rows += as_run(task, stage, rows[0]["step_ms"], rounds=options.rounds, steps=steps)
     name = "features" if features == "memory" else "pictures"
     return [{"model": "small", "data": name, "batch": stage.conf.global_batch, **row} for row in rows]
 
@@ -263,6 +292,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader_wait")
     parser.add_argument("--only", choices=("small", "paper"))
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=40, help="of a block at small: the fewer, the nearer")
     parser.add_argument("--workers", default="0,2,4,8")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test the script")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")

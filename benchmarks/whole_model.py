@@ -3,6 +3,7 @@
     python -m benchmarks.whole_model              # on a GPU: eager, checkpointing off and on
     python -m benchmarks.whole_model --scans      # adds ours under the scans uni, bi and 2d
     python -m benchmarks.whole_model --compile    # adds our blocks under torch.compile
+    python -m benchmarks.whole_model --graphs     # adds both models in CUDA graphs: the device's own time
 
 Both models: 24 layers of 2,048, 32 heads, vocabulary 65,536, sequences of 2,048, bf16 weights, gradients
 and moments (ours keeps `time_decay` in fp32), fused AdamW, no L2 term. fla: chunk_rwkv6, its fused norms and
@@ -29,7 +30,7 @@ from torch import nn
 
 from benchmarks import kernel_tuning
 from benchmarks.kernel_inputs import card
-from benchmarks.kernel_models import HEAD, SIZES, TINY, Fla, Ours, Scanned, Trainer, allocated, sync
+from benchmarks.kernel_models import HEAD, SIZES, TINY, Captured, Fla, Ours, Scanned, Trainer, allocated, sync
 from components import scans
 
 RESULTS = Path(__file__).parent / "results"
@@ -117,11 +118,33 @@ def measure(options: argparse.Namespace, sizes: dict[str, int], device: torch.de
         batch = largest_batch(trainers, options.batches, sizes, device)
         found = timed_steps(trainers, batch, sizes, device, rounds=options.rounds)
         rows += described(found, trainers, sizes, batch, how="eager", recompute=recompute)
+    if options.graphs:
+        rows += captured_rows(trainers, rows, sizes, device, options.rounds)
     if options.scans:
         rows += scan_rows(trainers["ours"], rows, sizes, device, options.rounds)
     if options.compile:
         rows += compiled_rows(trainers["ours"], rows, sizes, device, options.rounds)
     return rows
+
+
+def captured_rows(
+    trainers: dict[str, Trainer], rows: list[Row], sizes: dict[str, int], device: torch.device, rounds: int
+) -> list[Row]:
+    """Every model's forward and backward pass as one CUDA graph, without checkpointing, taking turns."""
+    batch = rows[0]["batch"]
+    ids = torch.randint(0, sizes["vocab_size"], (batch, sizes["steps"]), device=device)
+    pool = torch.cuda.graph_pool_handle()
+    made = {}
+    for name, trainer in trainers.items():
+        trainer.model.recompute(False)
+        try:
+            made[name] = Captured(trainer, ids, pool)
+        except RuntimeError as error:  # a peer that waits for the device, or too little memory
+            print(f"{name} cannot be captured: {error}", flush=True)
+    found = timed_steps(made, batch, sizes, device, rounds=rounds)
+    for trainer in trainers.values():
+        trainer.optimizer.zero_grad(set_to_none=True)
+    return described(found, trainers, sizes, batch, how="captured", recompute=False)
 
 
 def scan_rows(
@@ -191,6 +214,7 @@ def table(result: dict[str, Any]) -> str:
     rows = result["rows"]
     for row in rows:
         peers = [r for r in rows if r["model"] == "fla" and r["recompute"] == row["recompute"]]
+        peers = [r for r in peers if r["how"] == row["how"]] or peers  # else beside the eager one
         ratio = f"{row['tokens_per_s'] / peers[0]['tokens_per_s']:.2f}x" if peers else "-"
         lines.append(
             f"| {row['model']} | {row['how']} | {'on' if row['recompute'] else 'off'} "
@@ -206,6 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batches", default="4,2,1", help="tried in this order")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--compile", action="store_true", help="our blocks under torch.compile too")
+    parser.add_argument("--graphs", action="store_true", help="both models in CUDA graphs too (a GPU)")
     parser.add_argument("--scans", action="store_true", help="ours under the scans uni, bi and 2d too")
     parser.add_argument("--no-fla", action="store_true")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test the script")
@@ -217,6 +242,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("fla's models are not here: install flash-linear-attention, or write --no-fla")
     options.batches = [int(b) for b in options.batches.split(",")]
     out, device = Path(options.out), torch.device(options.device)
+    if options.graphs and device.type != "cuda":
+        parser.error("--graphs needs a GPU; leave it out")
     sizes = TINY if options.tiny else SIZES
     if device.type == "cuda" and not options.no_fla:
         kernel_tuning.load((RESULTS, out), device)

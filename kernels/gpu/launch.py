@@ -9,16 +9,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import Any
+from operator import itemgetter
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.runtime import driver
 
 Grid = tuple[int, ...]
-Compiled = tuple[Any, tuple[Any, ...]]
-"""A compiled kernel, and the values of the parameters behind a launch's arguments."""
+
+
+class Ready(NamedTuple):
+    """A compiled kernel, and what a launch of it needs beside grid, stream and arguments."""
+
+    compiled: Any
+    run: Callable[..., None]
+    function: Any
+    metadata: Any
+    behind: tuple[Any, ...]
+    """The values of the parameters behind a launch's arguments."""
+
 
 _MOST = 4096
 """Different lists of arguments that a kernel knows; a new one costs what Triton's own launch does."""
@@ -56,33 +68,48 @@ def _role(parameter: Any) -> str:
     return "" if parameter.do_not_specialize else "special"
 
 
+def hooked() -> bool:
+    """Whether somebody, a profiler say, wants to be told of launches."""
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    return any(getattr(hook, "calls", hook) for hook in hooks)
+
+
+class Split:
+    """Where tensors stand among arguments of these classes, and what picks the others."""
+
+    def __init__(self, kinds: tuple[type, ...]) -> None:
+        self.tensors = [i for i, kind in enumerate(kinds) if issubclass(kind, Tensor)]
+        others = [i for i, kind in enumerate(kinds) if not issubclass(kind, Tensor)]
+        self.others: Callable[[tuple[Any, ...]], Any] = itemgetter(*others) if others else len
+
+
 class Kernel:
     """A Triton kernel, launched as it is: `kernel[grid](*arguments, **constants_and_options)`."""
 
     def __init__(self, fn: Any) -> None:
         self.fn = fn
         self.__doc__ = fn.__doc__
-        self._compiled: dict[Hashable, Compiled] = {}
-        self._seen: dict[Hashable, Compiled] = {}  # the same by the arguments as they were
+        self._compiled: dict[Hashable, Ready] = {}
+        self._seen: dict[Hashable, Ready] = {}  # the same by the arguments as they were
+        self._split: dict[tuple[type, ...], Split] = {}
 
     def __getitem__(self, grid: Grid) -> Callable[..., None]:
         return partial(self._launch, grid)
 
     def _launch(self, grid: Grid, /, *arguments: Any, **named: Any) -> None:
         device = driver.active.get_current_device()
-        values: list[Any] = []
+        kinds = (*map(type, arguments),)
+        split = self._split.get(kinds)
+        if split is None:
+            split = self._split[kinds] = Split(kinds)
+        values = list(arguments)
         told: list[Hashable] = []
-        for value in arguments:
-            if isinstance(value, Tensor):
-                address = value.data_ptr()
-                values.append(address)
-                told.append(value.dtype)
-                told.append(address & 15)
-                told.append(value.get_device())  # what Triton refuses is never taken for what it compiled
-            else:
-                values.append(value)
-                told.append(value)
-        key = (device, *told, *map(type, told), *named.items())
+        for place in split.tensors:
+            tensor = values[place]
+            values[place] = address = tensor.data_ptr()
+            # With the device, so that what Triton refuses is never taken for what it compiled.
+            told += tensor.dtype, address & 15, tensor.get_device()
+        key = (device, kinds, split.others(arguments), *told, *named, *named.values())
         found = self._seen.get(key)
         if found is None:
             if len(self._seen) >= _MOST:
@@ -94,14 +121,18 @@ class Kernel:
                 self._seen[key] = self._compiled[compiled_for] = self._first(grid, arguments, named)
                 return
             self._seen[key] = found
-        compiled, rest = found
-        compiled[(*grid, 1, 1)[:3]](*values, *rest, stream=driver.active.get_current_stream(device))
+        grid, stream = (*grid, 1, 1)[:3], driver.active.get_current_stream(device)
+        if hooked():
+            found.compiled[grid](*values, *found.behind, stream=stream)
+            return
+        # What Triton hands to hooks takes it as long as the launch itself.
+        found.run(*grid, stream, found.function, found.metadata, None, None, None, *values, *found.behind)
 
-    def _first(self, grid: Grid, arguments: tuple[Any, ...], named: dict[str, Any]) -> Compiled:
+    def _first(self, grid: Grid, arguments: tuple[Any, ...], named: dict[str, Any]) -> Ready:
         """Launches through Triton; returns what it compiled, and the values behind the arguments."""
         compiled = self.fn[grid](*arguments, **named)
-        behind = self.fn.params[len(arguments) :]
-        return compiled, tuple(named.get(p.name, p.default) for p in behind)
+        behind = tuple(named.get(p.name, p.default) for p in self.fn.params[len(arguments) :])
+        return Ready(compiled, compiled.run, compiled.function, compiled.packed_metadata, behind)
 
 
 def kernel(fn: Any) -> Any:

@@ -63,6 +63,8 @@ def operator(
     def call(*inputs: Any) -> Any:
         if torch.compiler.is_compiling():
             return op(*inputs)
+        if not torch.is_grad_enabled():
+            return forward.run(*inputs)
         output = Eager.apply(*inputs)
         return list(output) if listed else output
 

@@ -186,8 +186,8 @@ def _carry(
 
 def _output(like: Tensor, lengths: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
     """Contiguous, zero where rows past a sample's end stay unwritten."""
-    make = torch.empty if lengths is None else torch.zeros
-    return make(like.shape, dtype=dtype or like.dtype, device=like.device)
+    make = torch.empty_like if lengths is None else torch.zeros_like
+    return make(like, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def _forward(

@@ -73,16 +73,24 @@ def test_what_triton_tells_apart_is_told_apart(special: bool) -> None:
 
 
 class Compiled:
-    """What Triton returns; keeps how it was launched."""
+    """What Triton returns; keeps how it was launched, and whether hooks would have been told."""
 
-    def __init__(self, log: list[Any]) -> None:
-        self.log = log
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self, log: list[Any], told: list[Any]) -> None:
+        self.log, self.told = log, told
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
-        def run(*values: Any, stream: int) -> None:
-            self.log.append((grid[:3], values, stream))
+        def runner(*values: Any, stream: int) -> None:
+            self.told.append(grid)
+            self.run(*grid, stream, "function", "metadata", None, None, None, *values)
 
-        return run
+        return runner
+
+    def run(self, *given: Any) -> None:
+        x, y, z, stream, function, metadata, about, enter, leave, *values = given
+        assert (function, metadata, about, enter, leave) == ("function", "metadata", None, None, None)
+        self.log.append(((x, y, z), tuple(values), stream))
 
 
 class Jit:
@@ -102,11 +110,12 @@ class Jit:
         ]
         self.compiled: list[Any] = []
         self.log: list[Any] = []
+        self.told: list[Any] = []
 
     def __getitem__(self, grid: tuple[int, ...]) -> Any:
         def first(*values: Any, **named: Any) -> Compiled:
             self.compiled.append((grid, values, named))
-            return Compiled(self.log)
+            return Compiled(self.log, self.told)
 
         return first
 
@@ -126,6 +135,18 @@ def test_the_second_launch_takes_what_the_first_compiled(jit: Jit) -> None:
     kernel[(4, 2)](y, 101, 7, A=2, num_warps=4)
     assert len(jit.compiled) == 1
     assert jit.log == 2 * [((4, 2, 1), (y.data_ptr(), 101, 7, 2, 5), 70)]
+
+
+@pytest.mark.parametrize("name", ["launch_enter_hook", "launch_exit_hook"])
+def test_who_wants_to_be_told_of_launches_is(jit: Jit, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    kernel, x = Kernel(jit), torch.zeros(8)
+    for _ in range(2):
+        kernel[(3,)](x, 7, 5, A=2)
+    assert not jit.told and len(jit.log) == 1
+    for hook in (SimpleNamespace(calls=[print]), print):  # a chain, and what older versions have
+        monkeypatch.setattr(launch.knobs.runtime, name, hook)
+        kernel[(3,)](x, 7, 5, A=2)
+    assert jit.told == 2 * [(3, 1, 1)] and jit.log == 3 * jit.log[:1]
 
 
 class Elsewhere(torch.Tensor):
