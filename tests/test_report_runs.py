@@ -179,3 +179,10 @@ def test_what_is_not_finite_is_told_as_unknown() -> None:
     for run in table.runs:
         run.final.scores["edge"] = Score(0.5, 1, math.nan)
     assert "nan" not in markdown(table)
+
+
+def test_values_have_names_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = put(tmp_path, known, ["seed=0,1,2", "+report.names.uni=one way"])
+    table = collect("ablation/scan", asked)
+    assert [(row.name, row.label) for row in table.rows][:2] == [("uni", "one way"), ("bi", "bi")]
+    assert "**2d over one way** (paper: ahead on 4 of 4 benchmarks" in markdown(table)

@@ -42,7 +42,7 @@ def collect(recipe: str, overrides: Sequence[str], *, step: int = 0) -> Table:
             _refuse_twins(recipe, row, run)
             row.runs.append(run)
     kept = _best(list(rows.values()))
-    _name(kept)
+    _name(kept, plan["names"])
     facts = {key: plan[key] for key in ("caption", "published", "order", "best")}
     return Table(recipe, asked["title"], **facts, rows=kept, step=step)
 
@@ -127,12 +127,13 @@ def _point(scores: Mapping[str, Any]) -> Point:
     return Point(int(scores["step"]), found)
 
 
-def _name(rows: list[Row]) -> None:
-    """Labels for people: names without the folder and words that all share."""
-    first, last = min(row.name for row in rows), max(row.name for row in rows)
+def _name(rows: list[Row], names: Mapping[str, str]) -> None:
+    """Labels for people: `report.names` for values, without the folder and words that all share."""
+    labels = [", ".join(names.get(part, part) for part in row.parts) for row in rows]
+    first, last = min(labels), max(labels)
     shared = "".join(
         a for a, _ in itertools.takewhile(lambda ab: ab[0] == ab[1], zip(first, last, strict=False))
     )
     cut = max(shared.rfind("/"), shared.rfind("_")) + 1
-    for row in rows:
-        row.label = row.name[cut:]
+    for row, label in zip(rows, labels, strict=True):
+        row.label = label[cut:]

@@ -136,6 +136,7 @@ class ReportConf:
 
     rows: str = ""  # key, keys with commas between, or `recipe`
     caption: str = ""
+    names: dict[str, str] = field(default_factory=dict)  # a varied value -> its name for people: {"-1": all}
     best: str = ""  # key of which each row keeps the value with the best mean accuracy, e.g. stages.tune.lr
     order: list[str] = field(default_factory=list)  # what to test: "2d > uni", "sandwich > prefix > suffix"
     published: dict[str, Any] = field(default_factory=dict)  # row -> {benchmark: value}
