@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from benchmarks.kernel_timing import captured
 from components.recurrences.rwkv6 import Rwkv6
 from kernels.cross_entropy import linear_cross_entropy
 from toolkit.trunk import LanguageModel, ScanSteps
@@ -135,29 +136,22 @@ class Captured:
     """
 
     def __init__(self, trainer: Trainer, ids: Tensor, pool: Any) -> None:
-        self.trainer, self.model, self.static = trainer, trainer.model, trainer.static
-        self.optimizer = trainer.optimizer
+        self.model, self.optimizer, self.static = trainer.model, trainer.optimizer, trainer.static
         self.ids, self.labels = ids.clone(), ids.clone()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):
-                self._both()
-                self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            self.loss = self._both()
+        self.loss = ids
+        self.replay = captured(self._both, 1, ids.device, pool=pool)
 
-    def _both(self) -> Tensor:
+    def _both(self, turn: int) -> None:
+        """A replay writes loss and gradients in the places that the capture gave them."""
+        self.optimizer.zero_grad(set_to_none=True)
         loss = self.model(self.ids, self.labels)
         loss.backward()
-        return loss.detach()
+        self.loss = loss.detach()
 
     def step(self, ids: Tensor, labels: Tensor) -> Tensor:
         self.ids.copy_(ids)
         self.labels.copy_(labels)
-        self.graph.replay()  # writes the gradients in their places
+        self.replay(0)
         self.optimizer.step()
         return self.loss.clone()
 
@@ -178,8 +172,3 @@ class Scanned:
 def allocated(device: torch.device) -> int:
     """Bytes in use on the device."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-
-
-def sync(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

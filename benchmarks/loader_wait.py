@@ -1,6 +1,7 @@
 """How long a training step waits for its batch: the real loader beside batches that lie on the device.
 
     python -m benchmarks.loader_wait [--only small|paper] [--rounds 5] [--steps 40] [--workers 0,2,4,8]
+        [--out FOLDER]
     python -m benchmarks.loader_wait --tiny --device cpu      # tries the script without a GPU
 
 small: scale=small (scenes, batch 64), with kept features and with pictures decoded in each step; on a GPU
@@ -35,6 +36,7 @@ from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
 GOAL_STEP, GOAL_WAIT = 1.02, 0.02
+STEPS = 40  # of a block at small
 KEPT = 8  # steps whose batches lie on the device
 ENDLESS = 1_000_000  # steps of a stage that no measurement reaches
 
@@ -94,7 +96,7 @@ class Timer:
 
     def block(self, supply: Iterator[Any], steps: int) -> tuple[float, list[float]]:
         """(ms of a step, ms waited in each)."""
-        from benchmarks.kernel_models import sync
+        from benchmarks.kernel_timing import sync
 
         self.step(supply)
         sync(self.device)
@@ -141,7 +143,7 @@ def told(mode: str, found: list[tuple[float, list[float]]], base: list[float]) -
 
 def as_run(task: Any, stage: Any, resident_ms: float, *, rounds: int, steps: int) -> list[Row]:
     """The step of an ordinary run of the stage, captured with its data on the device. CPU: no row."""
-    from benchmarks.kernel_models import sync
+    from benchmarks.kernel_timing import sync
     from toolkit.build import select_trainable
     from toolkit.stages import captured
 
@@ -198,7 +200,7 @@ def small(folder: Path, options: argparse.Namespace, *, features: str) -> list[R
     words += ["stages.tune.global_batch=8", "model.d_model=64", "model.n_layer=1"] if options.tiny else []
     task, stage = task_of(words, folder, options.device)
     timer = Timer(task, stage, stage.conf.global_batch)
-    steps = 2 if options.tiny else options.steps
+    steps = options.steps or (2 if options.tiny else STEPS)
     rows = timer.measure(options.workers, rounds=options.rounds, steps=steps)
     if features == "memory":
         enough = max(200, options.rounds * steps)  # and no fewer than the warm-up of the learning rate
@@ -292,12 +294,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loader_wait")
     parser.add_argument("--only", choices=("small", "paper"))
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=40, help="of a block at small: the fewer, the nearer")
+    parser.add_argument(
+        "--steps", type=int, help=f"of a block at small, {STEPS}: fewer lie nearer to those beside"
+    )
     parser.add_argument("--workers", default="0,2,4,8")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to test the script")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.steps and options.only == "paper":
+        parser.error("--steps is of small's blocks; leave it out, or --only paper")
     options.workers = [int(n) for n in options.workers.split(",")]
     file = options.out / "loader_wait.json"
     before: list[Row] = json.loads(file.read_text()) if file.exists() else []

@@ -30,7 +30,8 @@ from torch import nn
 
 from benchmarks import kernel_tuning
 from benchmarks.kernel_inputs import card
-from benchmarks.kernel_models import HEAD, SIZES, TINY, Captured, Fla, Ours, Scanned, Trainer, allocated, sync
+from benchmarks.kernel_models import HEAD, SIZES, TINY, Captured, Fla, Ours, Scanned, Trainer, allocated
+from benchmarks.kernel_timing import sync
 from components import scans
 
 RESULTS = Path(__file__).parent / "results"
@@ -133,7 +134,7 @@ def captured_rows(
     """Every model's forward and backward pass as one CUDA graph, without checkpointing, taking turns."""
     batch = rows[0]["batch"]
     ids = torch.randint(0, sizes["vocab_size"], (batch, sizes["steps"]), device=device)
-    pool = torch.cuda.graph_pool_handle()
+    pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
     made = {}
     for name, trainer in trainers.items():
         trainer.model.recompute(False)
@@ -243,8 +244,6 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("fla's models are not here: install flash-linear-attention, or write --no-fla")
     options.batches = [int(b) for b in options.batches.split(",")]
     out, device = Path(options.out), torch.device(options.device)
-    if options.graphs and device.type != "cuda":
-        parser.error("--graphs needs a GPU; leave it out")
     sizes = TINY if options.tiny else SIZES
     if device.type == "cuda" and not options.no_fla:
         kernel_tuning.load((RESULTS, out), device)

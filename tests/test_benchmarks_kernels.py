@@ -131,11 +131,13 @@ def test_targets_fail_when_missed() -> None:
 
 
 def test_a_tiny_whole_model_run_counts_flop_and_tokens(tmp_path: Path) -> None:
-    arguments = "--device cpu --tiny --no-fla --scans --batches 2 --rounds 2 --out"
+    arguments = "--device cpu --tiny --no-fla --scans --graphs --batches 2 --rounds 2 --out"
     whole_model.main([*arguments.split(), str(tmp_path)])
     rows = json.loads((tmp_path / "whole_model.json").read_text())["rows"]
-    assert [row["recompute"] for row in rows] == [False, True, False, False, False]
-    assert [row["how"] for row in rows[2:]] == ["eager, scan uni", "eager, scan bi", "eager, scan 2d"]
+    assert [row["recompute"] for row in rows] == [False, True, False, False, False, False]
+    assert [row["how"] for row in rows[2:]] == [
+        "captured", "eager, scan uni", "eager, scan bi", "eager, scan 2d"
+    ]  # fmt: skip
     for row in rows:
         assert row["tokens_per_s"] == pytest.approx(2 * 32 * 1e3 / row["step_ms"], rel=0.01)
         assert 5.0 < row["loss"] < 6.5  # log 256 = 5.55 for an untrained model

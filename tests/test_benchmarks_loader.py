@@ -40,3 +40,9 @@ def test_a_row_tells_medians_and_the_share_of_the_slowest_waits() -> None:
 
 
 SETS = (("small", "features"), ("small", "pictures"), ("paper", "pictures"))
+
+
+def test_a_block_s_length_is_refused_where_it_would_be_ignored(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        loader_wait.main(["--tiny", "--device", "cpu", "--only", "paper", "--steps", "3"])
+    assert "--steps is of small's blocks; leave it out, or --only paper" in capsys.readouterr().err

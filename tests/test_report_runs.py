@@ -181,8 +181,10 @@ def test_what_is_not_finite_is_told_as_unknown() -> None:
     assert "nan" not in markdown(table)
 
 
-def test_values_have_names_for_people(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_values_have_names_for_people(tmp_path: Path) -> None:
     asked = put(tmp_path, known, ["seed=0,1,2", "+report.names.uni=one way"])
     table = collect("ablation/scan", asked)
     assert [(row.name, row.label) for row in table.rows][:2] == [("uni", "one way"), ("bi", "bi")]
     assert "**2d over one way** (paper: ahead on 4 of 4 benchmarks" in markdown(table)
+    tokens = collect("ablation/tokens", [*SMALL, f"paths.runs={tmp_path / 'none'}"])
+    assert [(row.name, row.label) for row in tokens.rows] == [("-1", "all"), ("4", "4"), ("1", "1")]

@@ -3,6 +3,7 @@
 At each launch Triton looks at every argument, for what a kernel is compiled for: types, alignment, ones.
 By a profile that is a third of the host's time of a call of WKV-6. `kernel` finds what was compiled by the
 arguments as they are, and hands on the addresses of tensors, which spares the driver a look at each of them.
+Hooks around a launch are called where there are any, and otherwise left out.
 """
 
 from __future__ import annotations
@@ -111,22 +112,26 @@ class Kernel:
             told += tensor.dtype, address & 15, tensor.get_device()
         key = (device, kinds, split.others(arguments), *told, *named, *named.values())
         found = self._seen.get(key)
-        if found is None:
-            if len(self._seen) >= _MOST:
-                self._seen.clear()
-            options = (device, *named.items())
-            compiled_for = (*options, *map(described, arguments, map(_role, self.fn.params)))
-            found = self._compiled.get(compiled_for)
-            if found is None:
-                self._seen[key] = self._compiled[compiled_for] = self._first(grid, arguments, named)
-                return
-            self._seen[key] = found
+        if found is None and (found := self._new(key, device, grid, arguments, named)) is None:
+            return
         grid, stream = (*grid, 1, 1)[:3], driver.active.get_current_stream(device)
         if hooked():
             found.compiled[grid](*values, *found.behind, stream=stream)
             return
         # What Triton hands to hooks takes it as long as the launch itself.
         found.run(*grid, stream, found.function, found.metadata, None, None, None, *values, *found.behind)
+
+    def _new(
+        self, key: Hashable, device: int, grid: Grid, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> Ready | None:
+        """What is compiled for a list of arguments that was not seen; None: Triton has launched it."""
+        if len(self._seen) >= _MOST:
+            self._seen.clear()
+        compiled_for = (device, *named.items(), *map(described, arguments, map(_role, self.fn.params)))
+        found = self._compiled.get(compiled_for)
+        self._seen[key] = ready = found or self._first(grid, arguments, named)
+        self._compiled[compiled_for] = ready
+        return found
 
     def _first(self, grid: Grid, arguments: tuple[Any, ...], named: dict[str, Any]) -> Ready:
         """Launches through Triton; returns what it compiled, and the values behind the arguments."""
